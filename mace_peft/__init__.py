@@ -1,0 +1,27 @@
+"""Parameter-efficient fine-tuning for MACE interatomic potentials."""
+
+__version__ = "0.1.0"
+
+# Imported on first use: the start-up hook imports this package at every start of Python, where torch has no place.
+_PUBLIC = {
+    "PeftConfig": "config",
+    "PeftError": "config",
+    "inject": "injection",
+    "eject": "injection",
+    "merge": "injection",
+    "trainable_parameters": "injection",
+    "save_adapter": "storage",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

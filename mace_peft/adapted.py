@@ -1,0 +1,198 @@
+"""MACE's and e3nn's blocks with an adapter inside.
+
+A block is adapted in place: it gets a submodule ``adapter`` and its class becomes the subclass below. So it stays an
+instance of its own class, keeps its attributes and the state-dict keys of its base, and ejecting it is the way back.
+Each class says in ``make_adapter`` which mathematics (``mace_peft.methods``) its block takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable
+from typing import Optional
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+import torch
+from e3nn import nn as e3nn_nn
+from e3nn import o3
+from e3nn.util.jit import compile_mode
+from mace.modules.blocks import EquivariantProductBasisBlock
+from mace.modules.radial import RadialMLP
+from mace.modules.symmetric_contraction import Contraction, EmptyParam, SymmetricContraction
+from torch import Tensor, nn
+
+from mace_peft.config import PeftConfig
+from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
+
+RadialLayer = type(e3nn_nn.FullyConnectedNet([1, 1])[0])
+# modules that are one thing to a user, though their parts are adapted one by one
+COMPOSITES = (e3nn_nn.FullyConnectedNet, RadialMLP, SymmetricContraction)
+
+
+class Adapted(nn.Module):
+    """Marks a block that has an ``adapter``; the block's own class is the last base of its subclass."""
+
+
+def renamed(function: Callable, name: str) -> Callable:
+    """A copy of the function under another name: TorchScript, which knows no ``super()``, compiles a method by name."""
+    copy = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__)
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+# --- MMEA: the output of the block is modulated -----------------------------------------------------------------------
+
+
+class GatedProduct(Adapted, EquivariantProductBasisBlock):
+    """Product block whose output, skip connection included, drives and takes the gate."""
+
+    plain_forward = renamed(EquivariantProductBasisBlock.forward, "plain_forward")
+
+    @staticmethod
+    def make_adapter(block: EquivariantProductBasisBlock, config: PeftConfig) -> MMEA:
+        irreps = block.linear.irreps_out
+        return MMEA(irreps, irreps, config.rank, config.gate, config.init_std)
+
+    @staticmethod
+    def largest_rank(block: EquivariantProductBasisBlock) -> int:
+        return widest(block.linear.irreps_out)
+
+    # Optional[...] as TorchScript compiles these signatures
+    def forward(self, node_feats: Tensor, sc: Optional[Tensor], node_attrs: Tensor) -> Tensor:  # noqa: UP045
+        features = self.plain_forward(node_feats, sc, node_attrs)
+        return self.adapter(features, features)
+
+
+class GatedLinear(Adapted, o3.Linear):
+    """Linear layer whose input scalars drive, and whose output takes, the gate."""
+
+    plain_forward = renamed(o3.Linear.forward, "plain_forward")
+
+    @staticmethod
+    def make_adapter(block: o3.Linear, config: PeftConfig) -> MMEA:
+        return MMEA(block.irreps_in, block.irreps_out, config.rank, config.gate, config.init_std)
+
+    @staticmethod
+    def largest_rank(block: o3.Linear) -> int:
+        return max(widest(block.irreps_in), widest(block.irreps_out))
+
+    def forward(self, features, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None):  # noqa: UP045
+        return self.adapter(features, self.plain_forward(features, weight, bias))
+
+
+def widest(irreps: o3.Irreps) -> int:
+    """Channels of the irrep that has most."""
+    return max((irreps.count(ir) for _, ir in irreps), default=0)
+
+
+# --- ELoRA: the weights of the operation are updated ------------------------------------------------------------------
+
+
+@compile_mode("unsupported")
+class LowRank(Adapted):
+    """Runs the block with ``weight + update`` in the place of each weight. TorchScript: fold the update in first."""
+
+    def forward(self, *args, **kwargs):
+        with self.updated_weights():
+            return super().forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def updated_weights(self):
+        base = [(*locate(self, name), update) for name, update in self.adapter().items()]
+        try:
+            for parameters, key, weight, update in base:
+                parameters[key] = weight + update
+            yield
+        finally:
+            for parameters, key, weight, _ in base:
+                parameters[key] = weight
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the updates to the weights for good."""
+        for name, update in self.adapter().items():
+            self.get_parameter(name).add_(update)
+
+
+def locate(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter], str, nn.Parameter]:
+    """The dictionary that holds the parameter of that dotted name, its key there, and the parameter."""
+    owner, _, key = name.rpartition(".")
+    parameters = module.get_submodule(owner)._parameters
+    return parameters, key, parameters[key]
+
+
+class LowRankLinear(LowRank, o3.Linear):
+    @staticmethod
+    def make_adapter(block: o3.Linear, config: PeftConfig) -> LinearUpdate:
+        paths = [(i.i_in, i.i_out) for i in block.instructions if i.i_in != -1]  # -1 marks a bias
+        return LinearUpdate(block.irreps_in, block.irreps_out, paths, config.rank, config.alpha)
+
+    @staticmethod
+    def largest_rank(block: o3.Linear) -> int:
+        shared = {ir for _, ir in block.irreps_in} & {ir for _, ir in block.irreps_out}
+        return max((min(block.irreps_in.count(ir), block.irreps_out.count(ir)) for ir in shared), default=0)
+
+
+class LowRankTensorProduct(LowRank, o3.FullyConnectedTensorProduct):
+    @staticmethod
+    def make_adapter(block: o3.FullyConnectedTensorProduct, config: PeftConfig) -> TensorProductUpdate:
+        return TensorProductUpdate(LowRankTensorProduct.paths(block), config.rank, config.alpha)
+
+    @staticmethod
+    def largest_rank(block: o3.FullyConnectedTensorProduct) -> int:
+        return max((min(m1 * m2, m_out) for m1, m2, m_out in LowRankTensorProduct.paths(block)), default=0)
+
+    @staticmethod
+    def paths(block: o3.FullyConnectedTensorProduct) -> list[tuple[int, int, int]]:
+        return [i.path_shape for i in block.instructions if i.has_weight]
+
+
+class LowRankLayer(LowRank, RadialLayer):
+    """Layer of e3nn's radial MLP."""
+
+    @staticmethod
+    def make_adapter(block: RadialLayer, config: PeftConfig) -> MatrixUpdate:
+        return MatrixUpdate(*block.weight.shape, config.rank, config.alpha)
+
+    @staticmethod
+    def largest_rank(block: RadialLayer) -> int:
+        return min(block.weight.shape)
+
+
+class LowRankDense(LowRank, nn.Linear):
+    """Layer of MACE's newer radial MLP."""
+
+    @staticmethod
+    def make_adapter(block: nn.Linear, config: PeftConfig) -> MatrixUpdate:
+        return MatrixUpdate(block.in_features, block.out_features, config.rank, config.alpha, transposed=True)
+
+    @staticmethod
+    def largest_rank(block: nn.Linear) -> int:
+        return min(block.weight.shape)
+
+
+class LowRankContraction(LowRank, Contraction):
+    @staticmethod
+    def make_adapter(block: Contraction, config: PeftConfig) -> ContractionUpdate:
+        # MACE marks weights of paths that do not exist as EmptyParam: they stay zero
+        lower = {f"weights.{i}": w.shape for i, w in enumerate(block.weights) if not isinstance(w, EmptyParam)}
+        return ContractionUpdate(block.weights_max.shape, lower, config.rank, config.alpha)
+
+    @staticmethod
+    def largest_rank(block: Contraction) -> int:
+        elements, paths, channels = block.weights_max.shape
+        return min(elements * paths, channels)
+
+
+LOW_RANK = {
+    o3.Linear: LowRankLinear,
+    o3.FullyConnectedTensorProduct: LowRankTensorProduct,
+    RadialLayer: LowRankLayer,
+    nn.Linear: LowRankDense,
+    Contraction: LowRankContraction,
+}
+GATED = {EquivariantProductBasisBlock: GatedProduct, o3.Linear: GatedLinear}
+
+# what each method makes of a block; the published MMEA runs update by low rank what they do not gate
+ADAPTED: dict[str, dict[type, type]] = {"mmea": {**LOW_RANK, **GATED}, "elora": LOW_RANK}

@@ -1,0 +1,88 @@
+"""PeftConfig: what to adapt, how, and the rules that every value must follow."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
+
+METHODS = ("mmea", "elora")
+PLACEMENTS = ("products", "linears", "published")
+GATES = ("exp", "residual")
+
+
+class PeftError(ValueError):
+    """A setting, model or file that cannot be used: its message names the value, the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Settings of a fine-tune. Field names are the options of ``mace_run_train`` without ``--peft_``.
+
+    method: ``mmea`` (arXiv 2511.06696) or ``elora`` (ICML 2025, openreview hcoxm3Vwgy).
+    rank: r, the width of the gate's hidden layer (MMEA) or of the low-rank factors (ELoRA).
+    alpha: updates of weights are scaled by alpha / rank; None means alpha = rank, as published.
+    targets: a placement (``products``, ``linears``, ``published``) or comma-separated glob patterns over module names.
+    gate: MMEA's gain is ``exp``: exp(g), or ``residual``: 1 + g.
+    init_std: standard deviation of MMEA's scalar shift at the start; 0 makes step 0 equal to the foundation.
+    train_also: comma-separated glob patterns over the names of base parameters that train along.
+
+    Raises PeftError for a value outside these rules.
+    """
+
+    method: str
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = "products"
+    gate: str = "exp"
+    init_std: float = 0.0
+    train_also: str | None = None
+
+    def __post_init__(self):
+        check_choice("--peft", self.method, METHODS)
+        check_choice("--peft_gate", self.gate, GATES)
+        check_number("--peft_rank", self.rank, Integral, lambda rank: rank >= 1, "a whole number of at least 1")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+        check_number("--peft_alpha", self.alpha, Real, lambda alpha: 0 < alpha < float("inf"), "a number above 0")
+        check_number("--peft_init_std", self.init_std, Real, lambda std: 0 <= std < float("inf"), "a number from 0 up")
+        if not split_patterns(self.targets):
+            raise PeftError(f"--peft_targets {self.targets!r} names no module: {describe_targets()}")
+
+    def to_dict(self) -> dict:
+        """The settings as JSON-ready values; ``PeftConfig(**d)`` is the way back."""
+        return asdict(self)
+
+    def options(self) -> str:
+        """The settings as they are typed for ``mace_run_train``."""
+        names = {"method": "--peft"}
+        values = {k: v for k, v in asdict(self).items() if v is not None}
+        return " ".join(f"{names.get(key, '--peft_' + key)}={value}" for key, value in values.items())
+
+
+def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise PeftError unless value is one of the choices, naming the closest one."""
+    if value not in choices:
+        raise PeftError(f"{option} {value!r} is unknown{did_you_mean(str(value), choices)}: use {' or '.join(choices)}")
+
+
+def check_number(option: str, value: object, kind: type, allowed, rule: str) -> None:
+    """Raise PeftError unless value is of the kind (bool is none) and allowed."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
+        raise PeftError(f"{option} {value} is not allowed: use {rule}")
+
+
+def split_patterns(patterns: str | None) -> list[str]:
+    """The glob patterns of a comma-separated list."""
+    return [pattern.strip() for pattern in (patterns or "").split(",") if pattern.strip()]
+
+
+def describe_targets() -> str:
+    return f"use {', '.join(PLACEMENTS)}, or glob patterns over module names such as 'interactions.*.linear'"
+
+
+def did_you_mean(value: str, names: Iterable[str]) -> str:
+    """', did you mean ...?' for the names close to value, or nothing."""
+    close = difflib.get_close_matches(value, list(names), n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,137 @@
+"""The ``--peft*`` options of ``mace_run_train``, and the checks made before any data is read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+import torch
+from mace.calculators import foundations_models
+from torch import nn
+
+from mace_peft.config import PeftConfig, PeftError
+from mace_peft.injection import check, fingerprint
+
+# Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line.
+OPTIONS = {
+    "peft": "train adapters instead of the whole model: mmea or elora",
+    "peft_rank": "rank of the adapters (default: 16)",
+    "peft_alpha": "updates of weights are scaled by alpha / rank (default: the rank)",
+    "peft_targets": "where adapters go: products, linears, published, or comma-separated glob patterns over module "
+                    "names (default: products)",
+    "peft_gate": "gain of MMEA: exp or residual (default: exp)",
+    "peft_init_std": "std of MMEA's scalar shift at the start; 0 starts as the foundation (default: 0)",
+    "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
+}
+
+# options of MACE that cannot go with --peft, and why
+CONFLICTS = {
+    "lora": "it is MACE's own adapter: leave out --lora or --peft",
+    "freeze": "--peft freezes all but the adapters already: leave it out",
+    "enable_cueq": "it rebuilds the model and would drop the adapters: leave it out",
+    "only_cueq": "it rebuilds the model and would drop the adapters: leave it out",
+    "enable_oeq": "it rebuilds the model and would drop the adapters: leave it out",
+}
+MODELS = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")  # --model values that take the foundation's blocks over
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--peft*`` options to MACE's parser, once."""
+    if not any(action.dest == "peft" for action in parser._actions):
+        group = parser.add_argument_group("parameter-efficient fine-tuning (mace-peft)")
+        for name, text in OPTIONS.items():
+            group.add_argument(f"--{name}", help=text, default=None)
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> PeftConfig | None:
+    """The settings that the options ask for, or None without ``--peft``; then no trace of the options stays in args.
+
+    Raises PeftError for values that cannot be used.
+    """
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
+    if "peft" not in given:
+        if given:
+            name, value = next(iter(given.items()))
+            raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
+        for name in OPTIONS:
+            vars(args).pop(name, None)
+        return None
+    values = {name.removeprefix("peft_"): value for name, value in given.items() if name != "peft"}
+    for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
+        if name in values:
+            values[name] = parse(name, values[name], number)
+    return PeftConfig(given["peft"], **values)
+
+
+def parse(name: str, text: str, number: type[int] | type[float]):
+    try:
+        return number(text)
+    except ValueError:
+        kind = "a whole number" if number is int else "a number"
+        raise PeftError(f"--peft_{name} {text!r} is not {kind}: use one, such as --peft_{name} 16") from None
+
+
+def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str]:
+    """Check that the settings go with MACE's options and fit the foundation; returns its name and fingerprint.
+
+    Raises PeftError if they do not.
+    """
+    for name, reason in CONFLICTS.items():
+        if getattr(args, name, None):
+            raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
+    if args.foundation_model is None:
+        raise PeftError(f"--peft {config.method} has nothing to adapt: add --foundation_model with a file or a name "
+                        "that MACE knows, such as medium_off")
+    if args.model not in MODELS:
+        raise PeftError(f"--model {args.model} builds a new model instead of the foundation's: leave it out, or use "
+                        f"one of {', '.join(MODELS)}")
+    foundation = load_foundation(args.foundation_model, args.default_dtype)
+    check(foundation, config)
+    return {"name": Path(args.foundation_model).name, "fingerprint": fingerprint(foundation)}
+
+
+def load_foundation(name: str, dtype: str) -> nn.Module:
+    """The MACE model of that file, or of a name that MACE knows, on the CPU.
+
+    Raises PeftError if there is no such file, or if it holds no MACE model that can be adapted.
+    """
+    try:
+        model = load_by_name(name, dtype)
+    except FileNotFoundError:
+        raise PeftError(f"--foundation_model {name} is neither a file nor a name that MACE knows: check the path, or "
+                        "use a name such as small, medium_off or mace_omol") from None
+    except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise PeftError(f"--foundation_model {name} cannot be loaded ({cause:.200}): give the .model file of a MACE "
+                        "model") from error
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PeftError(f"--foundation_model {name} is compiled to TorchScript, which cannot be trained: give the "
+                        ".model file that it was compiled from")
+    if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
+        raise PeftError(f"--foundation_model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
+                        "file that mace_run_train wrote")
+    return model
+
+
+def load_by_name(name: str, dtype: str) -> nn.Module:
+    """Load as ``mace_run_train`` does, in the same order of preference."""
+    options = {"device": "cpu", "default_dtype": dtype, "return_raw_model": True}
+    if name in foundations_models.polar_model_names:
+        return foundations_models.mace_polar(model=name, **options)
+    if name in foundations_models.mace_mp_names:
+        return foundations_models.mace_mp(model=name, **options)
+    if name in ("small_off", "medium_off", "large_off"):
+        return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
+    if name == "mace_omol":
+        return foundations_models.mace_omol(**options)
+    return torch.load(name, map_location="cpu", weights_only=False)
+
+
+def stop(error: PeftError) -> NoReturn:
+    """End ``mace_run_train`` with the error in one line and exit code 2."""
+    print(f"mace_run_train: error: {error}", file=sys.stderr)
+    raise SystemExit(2)

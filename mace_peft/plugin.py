@@ -1,0 +1,154 @@
+"""mace-peft inside ``mace_run_train``: the only module that knows the seams of ``mace.cli.run_train``.
+
+``install`` wraps two names: the parser, and ``run``. A run without ``--peft`` is MACE's own. A run with ``--peft``
+replaces, while it lasts, the names in ``REPLACED`` by the methods of ``FineTune``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mace_peft.checkpoints import AdapterCheckpointHandler
+from mace_peft.config import PeftConfig, PeftError
+from mace_peft.injection import fold, inject, trainable_parameters
+from mace_peft.options import add_options, check_run, read_config, stop
+from mace_peft.report import summary
+from mace_peft.storage import save_adapter
+
+
+def install(run_train: types.ModuleType) -> None:
+    """Make the module ``mace.cli.run_train`` know ``--peft*``. A second call changes nothing."""
+    if hasattr(run_train.run, "without_peft"):
+        return
+    original_parser, original_run = run_train.tools.build_default_arg_parser, run_train.run
+
+    @functools.wraps(original_parser)
+    def build_default_arg_parser():
+        return add_options(original_parser())
+
+    @functools.wraps(original_run)
+    def run(args):
+        try:
+            config = read_config(args)
+            foundation = config and check_run(args, config)
+        except PeftError as error:
+            stop(error)
+        if config is None:
+            return original_run(args)
+        with FineTune(run_train, args, config, foundation).replaced_names():
+            return original_run(args)
+
+    run.without_peft = original_run
+    run_train.tools.build_default_arg_parser = build_default_arg_parser
+    run_train.run = run
+
+
+class FineTune:
+    """One run with ``--peft``: each method but the first two stands in for the name of run_train that it has."""
+
+    def __init__(self, run_train: types.ModuleType, args, config: PeftConfig, foundation: dict[str, str]):
+        self.original = types.SimpleNamespace(**vars(run_train))
+        self.run_train = run_train
+        self.args = args
+        self.config = config
+        self.foundation = foundation
+        self.model: nn.Module | None = None
+        self.checkpoints: AdapterCheckpointHandler | None = None
+
+    @contextlib.contextmanager
+    def replaced_names(self) -> Iterator[None]:
+        """Replace the names in run_train, and in the two packages that it reaches through a module."""
+        run_train = self.run_train
+        with contextlib.ExitStack() as stack:
+            for name in ("configure_model", "get_params_options", "ExponentialMovingAverage", "LBFGS", "deepcopy"):
+                stack.enter_context(replaced(run_train, name, getattr(self, name)))
+            stack.enter_context(replaced(run_train, "jit", types.SimpleNamespace(compile=self.compile)))
+            stack.enter_context(replaced(run_train.tools, "CheckpointHandler", self.CheckpointHandler))
+            estimate = functools.partial(self.estimate_e0s, run_train.data.estimate_e0s_from_foundation)
+            stack.enter_context(replaced(run_train.data, "estimate_e0s_from_foundation", estimate))
+            yield
+
+    def estimate_e0s(self, original, foundation_model: nn.Module, **kwargs) -> dict[int, float]:
+        """``--E0s=estimated`` of mace-torch 0.3.16 fails if the foundation has another dtype than the run."""
+        return original(foundation_model=foundation_model.to(torch.get_default_dtype()), **kwargs)
+
+    def configure_model(self, args, train_loader, atomic_energies, *rest, **kwargs):
+        model, output_args = self.original.configure_model(args, train_loader, atomic_energies, *rest, **kwargs)
+        put_E0s_right(model, atomic_energies)
+        self.model = inject(model, self.config, self.foundation)
+        logging.info(f"Adapters: {self.config.options()}\n{summary(model)}")
+        return model, output_args
+
+    def get_params_options(self, args, model: nn.Module) -> dict:
+        """MACE's parameter groups without what is frozen, and a group for adapters that MACE has no group for."""
+        options = self.original.get_params_options(args, model)
+        left = {id(parameter): parameter for parameter in trainable_parameters(model).values()}
+        for group in options["params"]:
+            group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
+        groups = [group for group in options["params"] if group["params"]]
+        if left:
+            groups.append({"name": "other_adapters", "params": list(left.values()), "weight_decay": 0.0})
+        return {**options, "params": groups}
+
+    def ExponentialMovingAverage(self, parameters, **kwargs):
+        return self.original.ExponentialMovingAverage(trainable_parameters(self.model).values(), **kwargs)
+
+    def LBFGS(self, parameters, **kwargs):
+        return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
+
+    def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
+        restart = self.args.restart_latest
+        self.checkpoints = AdapterCheckpointHandler(*args, config=self.config, restart=restart, **kwargs)
+        return self.checkpoints
+
+    def deepcopy(self, value):
+        """The copy of the trained model that MACE saves: adapters go to their directory, updates into the weights."""
+        duplicate = copy.deepcopy(value)
+        if value is not self.model:
+            return duplicate
+        stage = "_stagetwo" if self.checkpoints.stage_two else ""
+        directory = save_adapter(value, Path(self.args.model_dir) / f"{self.args.name}{stage}_adapter")
+        logging.info(f"Saved the adapter to {directory}")
+        return fold(duplicate)
+
+    def compile(self, model: nn.Module):
+        """MACE hides a model that does not compile: say so."""
+        try:
+            return self.original.jit.compile(model)
+        except Exception as error:
+            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({error})")
+            raise
+
+
+@contextlib.contextmanager
+def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
+    """The name bound to another value for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def put_E0s_right(model: nn.Module, atomic_energies) -> None:
+    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
+
+    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's.
+    """
+    if atomic_energies is None or not hasattr(model, "atomic_energies_fn"):
+        return
+    held = model.atomic_energies_fn.atomic_energies
+    wanted = torch.as_tensor(atomic_energies).to(held).reshape(held.shape)
+    if not torch.equal(held, wanted):
+        logging.info(f"E0s put right: MACE had overwritten them by the foundation's ({held.flatten().tolist()})")
+        held.copy_(wanted)

@@ -1,0 +1,37 @@
+"""The table of adapted modules that a run logs."""
+
+from __future__ import annotations
+
+from prettytable import PrettyTable
+from torch import nn
+
+from mace_peft.adapted import LowRank
+from mace_peft.injection import adapted_blocks, trainable_parameters
+from mace_peft.targets import unit
+
+
+def summary(model: nn.Module) -> str:
+    """Adapted modules with what trains in each, how many parameters that is, and its share of the base's.
+
+    A radial MLP and a set of symmetric contractions have one row each. Raises PeftError if there is no adapter.
+    """
+    trainable = trainable_parameters(model)
+    adapters = {name: block for name, block in adapted_blocks(model)}
+    rows: dict[tuple[str, str], int] = {}
+    for name, block in adapters.items():
+        row = (unit(model, name), "low-rank update" if isinstance(block, LowRank) else "gate")
+        rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
+    own = {f"{name}.adapter.{key}" for name, block in adapters.items() for key, _ in block.adapter.named_parameters()}
+    rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items() if name not in own})
+    base = count(model.parameters()) - sum(count(block.adapter.parameters()) for block in adapters.values())
+
+    table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")
+    table.align["module"] = table.align["what trains"] = "l"
+    for (name, kind), number in rows.items():
+        table.add_row([name, kind, f"{number:,}", f"{100 * number / base:.2f}"])
+    total = count(trainable.values())
+    return f"{table}\nTrainable: {total:,} parameters, {100 * total / base:.1f} % of the base's {base:,}"
+
+
+def count(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters)

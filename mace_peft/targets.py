@@ -1,0 +1,100 @@
+"""Which modules of a model get an adapter, and which base parameters train along."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+from e3nn import o3
+from mace.modules.blocks import EquivariantProductBasisBlock
+from torch import nn
+
+from mace_peft.adapted import ADAPTED, COMPOSITES
+from mace_peft.config import PLACEMENTS, PeftConfig, PeftError, describe_targets, did_you_mean, split_patterns
+
+# The classes that a placement means. A module that has no adapter of its own in the method passes the placement on
+# to what it is made of: ELoRA at a product block updates the block's linear layer and contractions.
+PLACEMENT_CLASSES = {
+    "products": (EquivariantProductBasisBlock,),
+    "linears": (o3.Linear,),
+    "published": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
+}
+
+
+def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
+    """``{module name: adapted class}`` for every module that gets an adapter, in the model's own order.
+
+    Raises PeftError if the placement or a pattern finds nothing to adapt in this model.
+    """
+    adaptable = ADAPTED[config.method]
+    if config.targets in PLACEMENTS:
+        classes = PLACEMENT_CLASSES[config.targets]
+        found = set(adaptable_inside(model, adaptable, lambda _, module: isinstance(module, classes)))
+        if not found:
+            names = ", ".join(sorted({cls.__name__ for cls in classes}))
+            raise PeftError(f"--peft_targets {config.targets!r} needs {names}, and {type(model).__name__} has none: "
+                            "use another placement or glob patterns over the names of its modules")
+    else:
+        found = set()
+        for pattern in split_patterns(config.targets):
+            wanted = functools.partial(lambda pattern, name, _: fnmatchcase(name, pattern), pattern)
+            matched = set(adaptable_inside(model, adaptable, wanted))
+            if not matched:
+                raise PeftError(no_match(model, pattern, config))
+            found |= matched
+    return {name: adaptable[type(module)] for name, module in model.named_modules() if name in found}
+
+
+def adaptable_inside(model: nn.Module, adaptable: dict[type, type], wanted) -> Iterator[str]:
+    """Names of the adaptable modules that are wanted, or outermost inside a wanted module."""
+    for name, module in model.named_modules():
+        if name and wanted(name, module):
+            yield from outermost(name, module, adaptable)
+
+
+def outermost(name: str, module: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:
+    if type(module) in adaptable:
+        yield name
+    else:
+        for child, submodule in module.named_children():
+            yield from outermost(f"{name}.{child}", submodule, adaptable)
+
+
+def no_match(model: nn.Module, pattern: str, config: PeftConfig) -> str:
+    adaptable = ADAPTED[config.method]
+    names = [n for n in dict.fromkeys(unit(model, name) for name in outermost_all(model, adaptable))]
+    cause = f"--peft_targets {pattern!r} matches no module that {config.method} can adapt"
+    hint = did_you_mean(pattern, [*PLACEMENTS, *names])
+    return f"{cause}{hint}: {describe_targets()}; this model has {', '.join(names)}"
+
+
+def outermost_all(model: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:
+    return (name for name, module in model.named_modules() if type(module) in adaptable)
+
+
+def unit(model: nn.Module, name: str) -> str:
+    """The name under which a user knows a module: a layer belongs to its radial MLP, a contraction to its set."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        if isinstance(model.get_submodule(prefix), COMPOSITES):
+            return prefix
+    return name
+
+
+def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
+    """Names of the base parameters that ``--peft_train_also`` names.
+
+    Raises PeftError for a pattern that matches none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in split_patterns(patterns):
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise PeftError(f"--peft_train_also {pattern!r} matches no parameter of the model"
+                            f"{did_you_mean(pattern, names)}: use glob patterns such as 'readouts.*'")
+        found |= matched
+    return [name for name in names if name in found]
