@@ -43,12 +43,14 @@ class PeftConfig:
         check_choice("--peft", self.method, METHODS)
         check_choice("--peft_gate", self.gate, GATES)
         check_number("--peft_rank", self.rank, Integral, lambda rank: rank >= 1, "a whole number of at least 1")
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank))
-        check_number("--peft_alpha", self.alpha, Real, lambda alpha: 0 < alpha < float("inf"), "a number above 0")
+        alpha = self.rank if self.alpha is None else self.alpha
+        check_number("--peft_alpha", alpha, Real, lambda alpha: 0 < alpha < float("inf"), "a number above 0")
         check_number("--peft_init_std", self.init_std, Real, lambda std: 0 <= std < float("inf"), "a number from 0 up")
         if not split_patterns(self.targets):
             raise PeftError(f"--peft_targets {self.targets!r} names no module: {describe_targets()}")
+        # plain numbers, whatever number types came in: they go to JSON
+        for name, value in {"rank": int(self.rank), "alpha": float(alpha), "init_std": float(self.init_std)}.items():
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict:
         """The settings as JSON-ready values; ``PeftConfig(**d)`` is the way back."""

@@ -15,7 +15,8 @@ from torch import nn
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.injection import check, fingerprint
 
-# Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line.
+# Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
+# (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
 OPTIONS = {
     "peft": "train adapters instead of the whole model: mmea or elora",
     "peft_rank": "rank of the adapters (default: 16)",
@@ -43,23 +44,21 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if not any(action.dest == "peft" for action in parser._actions):
         group = parser.add_argument_group("parameter-efficient fine-tuning (mace-peft)")
         for name, text in OPTIONS.items():
-            group.add_argument(f"--{name}", help=text, default=None)
+            group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     return parser
 
 
 def read_config(args: argparse.Namespace) -> PeftConfig | None:
-    """The settings that the options ask for, or None without ``--peft``; then no trace of the options stays in args.
+    """The settings that the options ask for, or None without ``--peft``.
 
     Raises PeftError for values that cannot be used.
     """
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
-    if "peft" not in given:
-        if given:
-            name, value = next(iter(given.items()))
-            raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
-        for name in OPTIONS:
-            vars(args).pop(name, None)
+    if not given:
         return None
+    if "peft" not in given:
+        name, value = next(iter(given.items()))
+        raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
     values = {name.removeprefix("peft_"): value for name, value in given.items() if name != "peft"}
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in values:

@@ -1,0 +1,74 @@
+"""Small real MACE models and data that tests share: built in memory, in seconds, from a seed."""
+
+import mace  # noqa: F401  before e3nn
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators.lj import LennardJones
+from e3nn import o3
+from mace import data, modules, tools
+from mace.tools import torch_geometric
+
+ELEMENTS = (1, 6, 8)
+
+
+def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, interactions=2, heads=("Default",),
+              dtype=torch.float64, seed=0, first="RealAgnosticInteractionBlock",
+              later="RealAgnosticResidualInteractionBlock", model_class=modules.ScaleShiftMACE, **options):
+    """A ScaleShiftMACE with random weights, on the CPU; as MACE saves one, every parameter is trainable."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(seed)
+    try:
+        return model_class(
+            r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=max_ell,
+            interaction_cls=modules.interaction_classes[later],
+            interaction_cls_first=modules.interaction_classes[first],
+            num_interactions=interactions, num_elements=len(elements),
+            hidden_irreps=(channels * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
+            MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
+            atomic_energies=-np.arange(1.0, len(elements) + 1), avg_num_neighbors=3.0, atomic_numbers=list(elements),
+            correlation=correlation, radial_MLP=[8, 8], radial_type="bessel",
+            atomic_inter_scale=0.8, atomic_inter_shift=0.1, heads=list(heads), **options)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def configurations(count=8, name="CH3OH", seed=0, periodic=False) -> list[Atoms]:
+    """Rattled copies of a molecule with REF_energy (eV) and REF_forces (eV/A) of a Lennard-Jones potential."""
+    random = np.random.default_rng(seed)
+    atoms = molecule(name)
+    if periodic:
+        atoms.set_cell([6.0, 6.0, 6.0])
+        atoms.pbc = True
+    labelled = []
+    for _ in range(count):
+        copy = atoms.copy()
+        copy.positions += random.normal(scale=0.05, size=copy.positions.shape)
+        copy.calc = LennardJones(sigma=1.0, epsilon=0.2, rc=4.0)
+        copy.info["REF_energy"] = copy.get_potential_energy()
+        copy.arrays["REF_forces"] = copy.get_forces()
+        copy.calc = None
+        labelled.append(copy)
+    return labelled
+
+
+def batch(model, structures: list[Atoms]) -> dict:
+    """The structures as one batch in the model's dtype, the way MACE's data loaders give it."""
+    dtype, before = next(model.parameters()).dtype, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        table = tools.AtomicNumberTable(model.atomic_numbers.tolist())
+        dataset = [data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=table, cutoff=4.0,
+                                               heads=model.heads) for atoms in structures]
+        loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=len(dataset), shuffle=False)
+        return next(iter(loader)).to_dict()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def predict(model, structures: list[Atoms]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies (eV, one per structure) and forces (eV/A, atoms of all structures x 3)."""
+    output = model(batch(model, structures), training=False, compute_force=True)
+    return output["energy"].detach(), output["forces"].detach()
