@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -18,10 +19,11 @@ class AdapterCheckpointHandler(CheckpointHandler):
     checkpoint that does not fit stops the command. ``stage_two`` tells which stage was loaded last.
     """
 
-    def __init__(self, *args, config: PeftConfig, restart: bool, **kwargs) -> None:
+    def __init__(self, *args, config: PeftConfig, options: argparse.Namespace, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.io = RunCheckpointIO(*args, restart=restart, **kwargs)
+        self.io = RunCheckpointIO(*args, restart=options.restart_latest, **kwargs)
         self.config = config
+        self.lbfgs = options.lbfgs
         self.stage_two = False
 
     def save(self, state: CheckpointState, epochs: int, keep_last: bool = False) -> None:
@@ -46,6 +48,8 @@ class AdapterCheckpointHandler(CheckpointHandler):
         except PeftError as error:
             stop(error)
         except (RuntimeError, ValueError, KeyError) as error:
+            if self.lbfgs and not isinstance(state.optimizer, torch.optim.LBFGS):
+                raise  # run_train counts on it: it loads the checkpoint again once its optimizer is LBFGS
             cause = " ".join(str(error).split())
             stop(PeftError(f"{self.place()} does not fit this model ({cause:.300}): restart with the options it was "
                            "made with, or give this run another --name"))
@@ -75,10 +79,16 @@ class RunCheckpointIO(CheckpointIO):
 
     def __init__(self, *args, restart: bool, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.earlier = {} if restart else {path: os.stat(path).st_mtime_ns for path in super()._list_file_paths()}
+        own = [] if restart else [path for path in super()._list_file_paths() if self._is_of_this_name(path)]
+        self.earlier = {path: os.stat(path).st_mtime_ns for path in own}
+
+    def _is_of_this_name(self, path: str) -> bool:
+        info = self._parse_checkpoint_path(path)
+        return info is not None and info.tag == self.tag
 
     def _list_file_paths(self) -> list[str]:
-        return [path for path in super()._list_file_paths() if self.earlier.get(path) != os.stat(path).st_mtime_ns]
+        return [path for path in super()._list_file_paths()
+                if path not in self.earlier or self.earlier[path] != os.stat(path).st_mtime_ns]
 
     def save(self, checkpoint: dict, epochs: int, keep_last: bool = False) -> None:
         os.makedirs(self.directory, exist_ok=True)

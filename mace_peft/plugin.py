@@ -106,8 +106,7 @@ class FineTune:
         return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
 
     def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
-        restart = self.args.restart_latest
-        self.checkpoints = AdapterCheckpointHandler(*args, config=self.config, restart=restart, **kwargs)
+        self.checkpoints = AdapterCheckpointHandler(*args, config=self.config, options=self.args, **kwargs)
         return self.checkpoints
 
     def deepcopy(self, value):
