@@ -10,6 +10,7 @@ from typing import NoReturn
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
 from mace.calculators import foundations_models
+from mace.tools.scripts_utils import extract_config_mace_model
 from torch import nn
 
 from mace_peft.config import PeftConfig, PeftError
@@ -113,6 +114,9 @@ def load_foundation(name: str, dtype: str) -> nn.Module:
     if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
         raise PeftError(f"--foundation_model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
                         "file that mace_run_train wrote")
+    if "error" in extract_config_mace_model(model):
+        raise PeftError(f"--foundation_model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
+                        "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
     return model
 
 
