@@ -21,16 +21,20 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     """
     targets = check(model, config)
     model.peft_foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
-    train_also = find_parameters(model, config.train_also)
-    model.requires_grad_(False)
-    for name in train_also:
-        model.get_parameter(name).requires_grad_(True)
     for name, adapted in targets.items():
         block = model.get_submodule(name)
         weight = next(block.parameters())
         block.adapter = adapted.make_adapter(block, config).to(weight.device, weight.dtype)
         block.__class__ = adapted
     model.peft_config = config
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freeze all but what the fine-tune trains. Returns the model."""
+    model.requires_grad_(False)
+    for parameter in trainable_parameters(model).values():
+        parameter.requires_grad_(True)
     return model
 
 
@@ -50,7 +54,10 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     above the largest that is of use to any target.
     """
     if is_adapted(model):
-        raise PeftError(f"the model has {model.peft_config.method} adapters already: eject or merge them first")
+        raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
+    if getattr(getattr(model, "cueq_config", None), "enabled", False):
+        raise PeftError("the model is built for cuEquivariance, whose layers are not adapted yet: convert it with "
+                        "mace_cueq_to_e3nn first")
     targets = find_targets(model, config)
     find_parameters(model, config.train_also)
     check_rank(model, targets, config)

@@ -14,7 +14,7 @@ from mace.tools.scripts_utils import extract_config_mace_model
 from torch import nn
 
 from mace_peft.config import PeftConfig, PeftError
-from mace_peft.injection import check, fingerprint
+from mace_peft.injection import check, fingerprint, is_adapted
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -60,6 +60,9 @@ def read_config(args: argparse.Namespace) -> PeftConfig | None:
     if "peft" not in given:
         name, value = next(iter(given.items()))
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
+    for name in ("peft_gate", "peft_init_std"):
+        if name in given and given["peft"] == "elora":
+            raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates: leave it out")
     values = {name.removeprefix("peft_"): value for name, value in given.items() if name != "peft"}
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in values:
@@ -67,16 +70,16 @@ def read_config(args: argparse.Namespace) -> PeftConfig | None:
     return PeftConfig(given["peft"], **values)
 
 
-def parse(name: str, text: str, number: type[int] | type[float]):
+def parse(name: str, text: object, number: type[int] | type[float]):
     try:
-        return number(text)
+        return number(str(text))  # int(2.5) is 2, int('2.5') is an error
     except ValueError:
         kind = "a whole number" if number is int else "a number"
         raise PeftError(f"--peft_{name} {text!r} is not {kind}: use one, such as --peft_{name} 16") from None
 
 
-def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str]:
-    """Check that the settings go with MACE's options and fit the foundation; returns its name and fingerprint.
+def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str | None]:
+    """Check that the settings go with MACE's options and fit the foundation; returns its name, head and fingerprint.
 
     Raises PeftError if they do not.
     """
@@ -89,9 +92,26 @@ def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str]:
     if args.model not in MODELS:
         raise PeftError(f"--model {args.model} builds a new model instead of the foundation's: leave it out, or use "
                         f"one of {', '.join(MODELS)}")
+    if not args.foundation_filter_elements:
+        raise PeftError("--foundation_filter_elements False leaves the readouts at random values, which --peft would "
+                        "freeze: leave it out")
+    for stage in ("", "_stagetwo"):
+        directory = adapter_directory(args, stage)
+        if directory.exists() and not directory.is_dir():
+            raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or "
+                            "give this run another --name")
     foundation = load_foundation(args.foundation_model, args.default_dtype)
+    if is_adapted(foundation):
+        raise PeftError(f"--foundation_model {args.foundation_model} has {foundation.peft_config.method} adapters "
+                        "already, which a new run would lose: give the foundation that they were trained from")
     check(foundation, config)
-    return {"name": Path(args.foundation_model).name, "fingerprint": fingerprint(foundation)}
+    return {"name": Path(args.foundation_model).name, "head": args.foundation_head,
+            "fingerprint": fingerprint(foundation)}
+
+
+def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
+    """Where a stage of the run ("" or "_stagetwo") saves its adapter: beside ``NAME.model``."""
+    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}_adapter"
 
 
 def load_foundation(name: str, dtype: str) -> nn.Module:

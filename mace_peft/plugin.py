@@ -12,15 +12,14 @@ import functools
 import logging
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftConfig, PeftError
-from mace_peft.injection import fold, inject, trainable_parameters
-from mace_peft.options import add_options, check_run, read_config, stop
+from mace_peft.injection import fold, freeze, inject, trainable_parameters
+from mace_peft.options import adapter_directory, add_options, check_run, read_config, stop
 from mace_peft.report import summary
 from mace_peft.storage import save_adapter
 
@@ -81,22 +80,31 @@ class FineTune:
         """``--E0s=estimated`` of mace-torch 0.3.16 fails if the foundation has another dtype than the run."""
         return original(foundation_model=foundation_model.to(torch.get_default_dtype()), **kwargs)
 
-    def configure_model(self, args, train_loader, atomic_energies, *rest, **kwargs):
-        model, output_args = self.original.configure_model(args, train_loader, atomic_energies, *rest, **kwargs)
-        put_E0s_right(model, atomic_energies)
-        self.model = inject(model, self.config, self.foundation)
+    def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
+        model, output_args = self.original.configure_model(
+            args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
+        if atomic_energies is not None:
+            in_data = {head.head_name: head.z_table.zs for head in head_configs}
+            put_E0s_right(model, foundation, atomic_energies, [in_data[head] for head in heads])
+        try:
+            self.model = inject(model, self.config, self.foundation)
+        except PeftError as error:
+            stop(error)
         logging.info(f"Adapters: {self.config.options()}\n{summary(model)}")
+        if len(heads) > 1 and not any(p.requires_grad for p in model.readouts.parameters()):
+            logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
+                            "--peft_train_also 'readouts.*'")
         return model, output_args
 
     def get_params_options(self, args, model: nn.Module) -> dict:
-        """MACE's parameter groups without what is frozen, and a group for adapters that MACE has no group for."""
+        """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
         options = self.original.get_params_options(args, model)
         left = {id(parameter): parameter for parameter in trainable_parameters(model).values()}
         for group in options["params"]:
             group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
         groups = [group for group in options["params"] if group["params"]]
         if left:
-            groups.append({"name": "other_adapters", "params": list(left.values()), "weight_decay": 0.0})
+            groups.append({"name": "other", "params": list(left.values()), "weight_decay": 0.0})
         return {**options, "params": groups}
 
     def ExponentialMovingAverage(self, parameters, **kwargs):
@@ -115,9 +123,9 @@ class FineTune:
         if value is not self.model:
             return duplicate
         stage = "_stagetwo" if self.checkpoints.stage_two else ""
-        directory = save_adapter(value, Path(self.args.model_dir) / f"{self.args.name}{stage}_adapter")
-        logging.info(f"Saved the adapter to {directory}")
-        return fold(duplicate)
+        logging.info(f"Saved the adapter to {save_adapter(value, adapter_directory(self.args, stage))}")
+        # MACE freezes or frees all parameters for its error tables
+        return fold(freeze(duplicate))
 
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
@@ -139,15 +147,23 @@ def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def put_E0s_right(model: nn.Module, atomic_energies) -> None:
+def put_E0s_right(model: nn.Module, foundation: nn.Module, atomic_energies, in_data: list[list[int]]) -> None:
     """Give the model the E0s (eV; heads x elements) that the run determined and logged.
 
-    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's.
+    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
+    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
+    take the foundation's E0.
     """
-    if atomic_energies is None or not hasattr(model, "atomic_energies_fn"):
-        return
     held = model.atomic_energies_fn.atomic_energies
-    wanted = torch.as_tensor(atomic_energies).to(held).reshape(held.shape)
+    elements = model.atomic_numbers.tolist()
+    known = dict(zip(foundation.atomic_numbers.tolist(),
+                     torch.atleast_2d(foundation.atomic_energies_fn.atomic_energies)[0], strict=True))
+    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
+    for row, present in enumerate(in_data):
+        for column, element in enumerate(elements):
+            if element not in present:
+                wanted[row, column] = known[element]
+    wanted = wanted.reshape(held.shape)
     if not torch.equal(held, wanted):
-        logging.info(f"E0s put right: MACE had overwritten them by the foundation's ({held.flatten().tolist()})")
+        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}")
         held.copy_(wanted)

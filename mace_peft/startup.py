@@ -20,6 +20,8 @@ class Loader:
         self.loader = loader
 
     def __getattr__(self, name):
+        if name == "loader":  # not there yet in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def exec_module(self, module):

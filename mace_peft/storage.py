@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import e3nn
@@ -25,22 +24,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     The files hold what it takes to get from the foundation file to this model: the trained parameters, the elements,
     E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the name and
-    fingerprint of the foundation, and the versions of the packages. Both are complete before a directory that is there
-    already is replaced. Raises PeftError if the model has no adapters, OSError if the directory cannot be written.
+    fingerprint of the foundation, and the versions of the packages. Each file is complete before it takes the place of
+    an older one; other files in the directory stay. Raises PeftError if the model has no adapters, OSError if the
+    directory cannot be written.
     """
     directory = Path(directory)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
-    staging = directory.with_name(f".{directory.name}-{os.getpid()}")
-    staging.mkdir(parents=True)
+    contents = {
+        TENSOR_FILE: save(tensors, metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(describe(model), indent=2) + "\n").encode(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        (staging / TENSOR_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (staging / CONFIG_FILE).write_text(json.dumps(describe(model), indent=2) + "\n", encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        staging.rename(directory)
+        for name, content in contents.items():
+            unfinished(directory, name).write_bytes(content)
+        for name in contents:
+            unfinished(directory, name).replace(directory / name)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        for name in contents:
+            unfinished(directory, name).unlink(missing_ok=True)
     return directory
+
+
+def unfinished(directory: Path, name: str) -> Path:
+    return directory / f".{name}.unfinished"
 
 
 def describe(model: nn.Module) -> dict:

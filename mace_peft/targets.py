@@ -64,14 +64,13 @@ def outermost(name: str, module: nn.Module, adaptable: dict[type, type]) -> Iter
 
 def no_match(model: nn.Module, pattern: str, config: PeftConfig) -> str:
     adaptable = ADAPTED[config.method]
-    names = [n for n in dict.fromkeys(unit(model, name) for name in outermost_all(model, adaptable))]
+    if pattern in PLACEMENTS:
+        return f"--peft_targets {config.targets!r} mixes the placement {pattern} with patterns: give it alone"
+    found = [name for name, module in model.named_modules() if type(module) in adaptable]
+    names = list(dict.fromkeys(unit(model, name) for name in found))
     cause = f"--peft_targets {pattern!r} matches no module that {config.method} can adapt"
     hint = did_you_mean(pattern, [*PLACEMENTS, *names])
     return f"{cause}{hint}: {describe_targets()}; this model has {', '.join(names)}"
-
-
-def outermost_all(model: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:
-    return (name for name, module in model.named_modules() if type(module) in adaptable)
 
 
 def unit(model: nn.Module, name: str) -> str:
