@@ -7,13 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import mace  # noqa: F401  before e3nn, see mace_peft.methods
-import torch
-from mace.calculators import foundations_models
-from mace.tools.scripts_utils import extract_config_mace_model
-from torch import nn
-
 from mace_peft.config import PeftConfig, PeftError
+from mace_peft.foundation import load_foundation
 from mace_peft.injection import check, fingerprint, is_adapted
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
@@ -112,46 +107,6 @@ def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str | N
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
     """Where a stage of the run ("" or "_stagetwo") saves its adapter: beside ``NAME.model``."""
     return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}_adapter"
-
-
-def load_foundation(name: str, dtype: str) -> nn.Module:
-    """The MACE model of that file, or of a name that MACE knows, on the CPU.
-
-    Raises PeftError if there is no such file, or if it holds no MACE model that can be adapted.
-    """
-    try:
-        model = load_by_name(name, dtype)
-    except FileNotFoundError:
-        raise PeftError(f"--foundation_model {name} is neither a file nor a name that MACE knows: check the path, or "
-                        "use a name such as small, medium_off or mace_omol") from None
-    except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise PeftError(f"--foundation_model {name} cannot be loaded ({cause:.200}): give the .model file of a MACE "
-                        "model") from error
-    if isinstance(model, torch.jit.ScriptModule):
-        raise PeftError(f"--foundation_model {name} is compiled to TorchScript, which cannot be trained: give the "
-                        ".model file that it was compiled from")
-    if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
-        raise PeftError(f"--foundation_model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
-                        "file that mace_run_train wrote")
-    if "error" in extract_config_mace_model(model):
-        raise PeftError(f"--foundation_model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
-                        "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
-    return model
-
-
-def load_by_name(name: str, dtype: str) -> nn.Module:
-    """Load as ``mace_run_train`` does, in the same order of preference."""
-    options = {"device": "cpu", "default_dtype": dtype, "return_raw_model": True}
-    if name in foundations_models.polar_model_names:
-        return foundations_models.mace_polar(model=name, **options)
-    if name in foundations_models.mace_mp_names:
-        return foundations_models.mace_mp(model=name, **options)
-    if name in ("small_off", "medium_off", "large_off"):
-        return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
-    if name == "mace_omol":
-        return foundations_models.mace_omol(**options)
-    return torch.load(name, map_location="cpu", weights_only=False)
 
 
 def stop(error: PeftError) -> NoReturn:

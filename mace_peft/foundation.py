@@ -1,0 +1,84 @@
+"""Foundation models: loading one, and narrowing it to what a run trains."""
+
+from __future__ import annotations
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+import numpy as np
+import torch
+from mace.calculators import foundations_models
+from mace.tools import AtomicNumberTable
+from mace.tools.finetuning_utils import load_foundations_elements
+from mace.tools.scripts_utils import extract_config_mace_model
+from torch import nn
+
+from mace_peft.config import PeftError
+
+
+def load_foundation(name: str, dtype: str) -> nn.Module:
+    """The MACE model of that file, or of a name that MACE knows, on the CPU.
+
+    Raises PeftError if there is no such file, or if it holds no MACE model that can be adapted.
+    """
+    try:
+        model = load_by_name(name, dtype)
+    except FileNotFoundError:
+        raise PeftError(f"--foundation_model {name} is neither a file nor a name that MACE knows: check the path, or "
+                        "use a name such as small, medium_off or mace_omol") from None
+    except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise PeftError(f"--foundation_model {name} cannot be loaded ({cause:.200}): give the .model file of a MACE "
+                        "model") from error
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PeftError(f"--foundation_model {name} is compiled to TorchScript, which cannot be trained: give the "
+                        ".model file that it was compiled from")
+    if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
+        raise PeftError(f"--foundation_model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
+                        "file that mace_run_train wrote")
+    if "error" in extract_config_mace_model(model):
+        raise PeftError(f"--foundation_model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
+                        "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
+    return model
+
+
+def load_by_name(name: str, dtype: str) -> nn.Module:
+    """Load as ``mace_run_train`` does, in the same order of preference."""
+    options = {"device": "cpu", "default_dtype": dtype, "return_raw_model": True}
+    if name in foundations_models.polar_model_names:
+        return foundations_models.mace_polar(model=name, **options)
+    if name in foundations_models.mace_mp_names:
+        return foundations_models.mace_mp(model=name, **options)
+    if name in ("small_off", "medium_off", "large_off"):
+        return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
+    if name == "mace_omol":
+        return foundations_models.mace_omol(**options)
+    return torch.load(name, map_location="cpu", weights_only=False)
+
+
+def rebuild(
+    foundation: nn.Module, elements: list[int], heads: list[str], atomic_energies: list[list[float]]
+) -> nn.Module:
+    """A model of the foundation's class and weights for these elements (atomic numbers), heads and E0s (eV).
+
+    ``mace_run_train`` makes such a model before it trains: the same functions of MACE do it here, so that the numbers
+    are the same. It has the foundation's dtype and device. Raises PeftError if the foundation lacks an element.
+    """
+    missing = sorted(set(elements) - set(foundation.atomic_numbers.tolist()))
+    if missing:
+        raise PeftError(f"the foundation does not know the elements {missing} (atomic numbers) that the adapter was "
+                        "trained for: use the foundation that it was trained from")
+    weight = next(foundation.parameters())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)
+    try:
+        config = extract_config_mace_model(foundation)
+        config |= {
+            "atomic_numbers": elements, "num_elements": len(elements), "heads": heads,
+            "atomic_energies": np.array(atomic_energies),
+            "atomic_inter_scale": [1.0] * len(heads), "atomic_inter_shift": [0.0] * len(heads),
+        }
+        model = load_foundations_elements(
+            type(foundation)(**config), foundation, AtomicNumberTable(elements), load_readout=True,
+            max_L=config["hidden_irreps"].lmax, default_dtype=weight.dtype)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(weight.device)
