@@ -7,6 +7,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.lj import LennardJones
 from e3nn import o3
+from hypothesis import strategies as st
 from mace import data, modules, tools
 from mace.tools import torch_geometric
 
@@ -17,6 +18,11 @@ def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, 
               dtype=torch.float64, seed=0, first="RealAgnosticInteractionBlock",
               later="RealAgnosticResidualInteractionBlock", model_class=modules.ScaleShiftMACE, **options):
     """A ScaleShiftMACE with random weights, on the CPU; as MACE saves one, every parameter is trainable."""
+    atomic_energies, scale, shift = -np.arange(1.0, len(elements) + 1), 0.8, 0.1
+    if len(heads) > 1:
+        atomic_energies, scale, shift = (np.stack([value] * len(heads)) for value in (atomic_energies, scale, shift))
+    if issubclass(model_class, modules.ScaleShiftMACE):
+        options = {"atomic_inter_scale": scale, "atomic_inter_shift": shift, **options}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.manual_seed(seed)
@@ -28,9 +34,9 @@ def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, 
             num_interactions=interactions, num_elements=len(elements),
             hidden_irreps=(channels * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
             MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
-            atomic_energies=-np.arange(1.0, len(elements) + 1), avg_num_neighbors=3.0, atomic_numbers=list(elements),
-            correlation=correlation, radial_MLP=[8, 8], radial_type="bessel",
-            atomic_inter_scale=0.8, atomic_inter_shift=0.1, heads=list(heads), **options)
+            avg_num_neighbors=3.0, atomic_numbers=list(elements),
+            atomic_energies=atomic_energies, correlation=correlation, radial_MLP=[8, 8], radial_type="bessel",
+            heads=list(heads), **options)
     finally:
         torch.set_default_dtype(before)
 
@@ -72,3 +78,19 @@ def predict(model, structures: list[Atoms]) -> tuple[torch.Tensor, torch.Tensor]
     """Energies (eV, one per structure) and forces (eV/A, atoms of all structures x 3)."""
     output = model(batch(model, structures), training=False, compute_force=True)
     return output["energy"].detach(), output["forces"].detach()
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.5) -> torch.nn.Module:
+    """The module with weights from N(0, scale) in the place of all its trainable ones. Returns the module."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return module
+
+
+def irreps_lists(max_blocks: int = 5):
+    """Hypothesis strategy of irreps as text: repeats, any order, 0o and single channels among them."""
+    block = st.tuples(st.integers(1, 3), st.sampled_from(["0e", "0o", "1o", "1e", "2e"]))
+    return st.lists(block, min_size=1, max_size=max_blocks).map(lambda b: "+".join(f"{mul}x{ir}" for mul, ir in b))

@@ -1,0 +1,179 @@
+"""What cannot be used stops ``mace_run_train`` with exit code 2 and one line, before it reads any data."""
+
+import io
+import re
+
+import pytest
+import torch
+import yaml
+from e3nn.util import jit
+from mace import modules
+from runs import arguments, call, reach_training, train_here, write_inputs
+from tiny import tiny_mace
+
+from mace_peft import PeftConfig, inject
+
+MMEA = {"peft": "mmea", "peft_rank": 2}
+ELORA = {"peft": "elora", "peft_rank": 2}
+
+# options, and what the line says of them: the value, the cause, the remedy
+BAD_VALUES = {
+    "rank 0": (MMEA | {"peft_rank": 0}, ["--peft_rank 0", "whole number of at least 1"]),
+    "rank -3": (MMEA | {"peft_rank": -3}, ["--peft_rank -3", "whole number of at least 1"]),
+    "rank 2.5": (MMEA | {"peft_rank": 2.5}, ["--peft_rank '2.5'", "not a whole number"]),
+    "rank abc": (MMEA | {"peft_rank": "abc"}, ["--peft_rank 'abc'", "not a whole number"]),
+    "rank of nothing": (MMEA | {"peft_rank": ""}, ["--peft_rank ''", "not a whole number"]),
+    "rank above mmea": (MMEA | {"peft_rank": 9}, ["--peft_rank 9", "products.0", "largest useful rank here is 4"]),
+    "rank above elora": (ELORA | {"peft_rank": 5}, ["--peft_rank 5", "products.0", "largest useful rank here is 4"]),
+    "rank above pattern": (ELORA | {"peft_targets": "readouts.0.linear"},
+                           ["--peft_rank 2", "readouts.0.linear", "largest useful rank here is 1"]),
+    "alpha 0": (ELORA | {"peft_alpha": 0}, ["--peft_alpha 0", "number above 0"]),
+    "alpha -1": (ELORA | {"peft_alpha": -1}, ["--peft_alpha -1", "number above 0"]),
+    "alpha nan": (ELORA | {"peft_alpha": "nan"}, ["--peft_alpha nan", "number above 0"]),
+    "alpha inf": (ELORA | {"peft_alpha": "inf"}, ["--peft_alpha inf", "number above 0"]),
+    "alpha x": (ELORA | {"peft_alpha": "x"}, ["--peft_alpha 'x'", "not a number"]),
+    "init_std -1": (MMEA | {"peft_init_std": -1}, ["--peft_init_std -1", "number from 0 up"]),
+    "init_std nan": (MMEA | {"peft_init_std": "nan"}, ["--peft_init_std nan", "number from 0 up"]),
+    "init_std x": (MMEA | {"peft_init_std": "x"}, ["--peft_init_std 'x'", "not a number"]),
+    "method mmae": ({"peft": "mmae"}, ["--peft 'mmae'", "did you mean mmea", "use mmea or elora"]),
+    "method lora": ({"peft": "lora"}, ["--peft 'lora'", "did you mean elora", "use mmea or elora"]),
+    "method of nothing": ({"peft": ""}, ["--peft ''", "use mmea or elora"]),
+    "gate of elora": (ELORA | {"peft_gate": "residual"}, ["--peft_gate residual", "no effect on elora"]),
+    "init_std of elora": (ELORA | {"peft_init_std": 0.1}, ["--peft_init_std 0.1", "leave it out"]),
+    "gate foo": (MMEA | {"peft_gate": "foo"}, ["--peft_gate 'foo'", "use exp or residual"]),
+    "targets product": (MMEA | {"peft_targets": "product"},
+                        ["--peft_targets 'product'", "did you mean products", "products, linears, published"]),
+    "targets of nothing": (MMEA | {"peft_targets": " , "},
+                           ["--peft_targets ' , '", "names no module", "products, linears, published"]),
+    "pattern without a match": (ELORA | {"peft_targets": "products.*.liner"},
+                                ["--peft_targets 'products.*.liner'", "did you mean", "products.0.linear"]),
+    "one pattern of two": (ELORA | {"peft_targets": "products.0.linear,interactions.7.*"},
+                           ["--peft_targets 'interactions.7.*'", "matches no"]),
+    "module that the method has no adapter for": (MMEA | {"peft_targets": "radial_embedding"},
+                                                  ["--peft_targets 'radial_embedding'"]),
+    "train_also without a match": (MMEA | {"peft_train_also": "readouts.0.linear.wight"},
+                                   ["--peft_train_also 'readouts.0.linear.wight'", "matches no parameter",
+                                    "did you mean readouts.0.linear.weight"]),
+    "train_also beside a match": (MMEA | {"peft_train_also": "readouts.*,readout"},
+                                  ["--peft_train_also 'readout'", "matches no parameter", "'readouts.*'"]),
+    "rank without method": ({"peft_rank": 4}, ["--peft_rank 4", "without --peft", "add --peft mmea or --peft elora"]),
+    "targets without method": ({"peft_targets": "linears"}, ["--peft_targets linears", "without --peft"]),
+}
+BAD_COMBINATIONS = {
+    "no foundation": ({"foundation_model": None}, ["--peft mmea", "nothing to adapt", "--foundation_model"]),
+    "lora": ({"lora": True}, ["--lora True", "--peft", "leave out"]),
+    "freeze": ({"freeze": 5}, ["--freeze 5", "--peft freezes", "leave it out"]),
+    "enable_cueq": ({"enable_cueq": True}, ["--enable_cueq True", "--peft", "leave it out"]),
+    "only_cueq": ({"only_cueq": True}, ["--only_cueq True", "--peft", "leave it out"]),
+    "enable_oeq": ({"enable_oeq": True}, ["--enable_oeq True", "--peft", "leave it out"]),
+    "random readouts": ({"foundation_filter_elements": False}, ["--foundation_filter_elements False", "leave it out"]),
+    "model": ({"model": "AtomicDipolesMACE"}, ["--model AtomicDipolesMACE", "new model", "ScaleShiftMACE"]),
+}
+
+
+def compiled() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(jit.compile(tiny_mace()), buffer)
+    return buffer.getvalue()
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def without_scale_shift() -> torch.nn.Module:
+    model = tiny_mace()
+    model.__class__ = modules.MACE
+    return model
+
+
+# what writes the bytes of the foundation file, and what the line says of it
+BAD_FOUNDATIONS = {
+    "missing": (None, ["neither a file nor a name that MACE knows"]),
+    "text": (lambda: b"# a note\n", ["cannot be loaded", ".model file"]),
+    "empty": (lambda: b"", ["cannot be loaded", ".model file"]),
+    "half": (lambda: saved(tiny_mace())[:5000], ["cannot be loaded", ".model file"]),
+    "dict": (lambda: saved({"a": 1}), ["holds a dict", ".model file"]),
+    "linear": (lambda: saved(torch.nn.Linear(2, 2)), ["holds a Linear", ".model file"]),
+    "checkpoint": (lambda: saved({"model": tiny_mace().state_dict(), "optimizer": {}}),
+                   ["holds a dict", ".model file"]),
+    "class": (lambda: saved(without_scale_shift()), ["is a MACE", "ScaleShiftMACE"]),
+    "compiled": (compiled, ["TorchScript", ".model file that it was compiled from"]),
+    "adapted": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=2))),
+                ["mmea adapters already", "give the foundation"]),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def refusal(inputs, tmp_path, capsys):
+    """Runs the command, in this process and with data that do not exist; returns the line with which it stops."""
+
+    def refuse(*flags, **options) -> str:
+        defaults = {"foundation_model": inputs / "foundation.model", "train_file": tmp_path / "missing.xyz",
+                    "valid_file": None, "test_file": None, "work_dir": tmp_path / "work"}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train_here(tmp_path, *flags, **defaults | options)
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("mace_run_train: error: ") and message.endswith("\n") and message.count("\n") == 1
+        assert not (tmp_path / "work").exists()
+        return message
+
+    return refuse
+
+
+@pytest.mark.parametrize("options, words", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_a_bad_value_stops(refusal, options, words):
+    message = refusal(**options)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("options, words", BAD_COMBINATIONS.values(), ids=BAD_COMBINATIONS)
+def test_options_that_cannot_go_together_stop(refusal, options, words):
+    message = refusal(**MMEA | options)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("content, words", BAD_FOUNDATIONS.values(), ids=BAD_FOUNDATIONS)
+def test_a_bad_foundation_stops(refusal, tmp_path, content, words):
+    path = tmp_path / "bad.model"
+    if content is not None:
+        path.write_bytes(content())
+    message = refusal(**MMEA, foundation_model=path)
+    assert [word for word in [f"--foundation_model {path}", *words] if word not in message] == [], message
+
+
+def test_a_folder_as_foundation_stops(refusal, tmp_path):
+    message = refusal(**MMEA, foundation_model=tmp_path)
+    assert f"--foundation_model {tmp_path}" in message and "cannot be loaded" in message
+
+
+def test_a_bad_value_in_a_yaml_file_stops(refusal, tmp_path):
+    (tmp_path / "peft.yaml").write_text(yaml.safe_dump(MMEA | {"peft_rank": 2.5}))
+    assert "--peft_rank '2.5'" in refusal(f"--config={tmp_path / 'peft.yaml'}")
+
+
+def test_options_that_only_look_like_conflicts_go_together(inputs):
+    """The defaults, and values that switch nothing on."""
+    given = reach_training(inputs, **MMEA, lora=False, freeze=0, enable_cueq=False, only_cueq=False, enable_oeq=False)
+    assert given["model"].peft_config == PeftConfig("mmea", rank=2)
+
+
+@pytest.mark.parametrize("options, value", [
+    (MMEA | {"peft_rank": "abc"}, "--peft_rank 'abc'"),
+    (MMEA | {"foundation_model": "nowhere.model"}, "--foundation_model nowhere.model"),
+], ids=["rank", "foundation"])
+def test_a_process_that_stops_has_exit_code_2_and_a_line_and_no_traceback(inputs, options, value):
+    run = call(inputs, arguments(inputs, **{"train_file": "missing.xyz"} | options))
+    assert run.returncode == 2
+    *others, last = run.stderr.splitlines()
+    assert last.startswith("mace_run_train: error: ") and value in last
+    assert not [line for line in others if re.search("error|Traceback|usage:", line)]

@@ -1,0 +1,76 @@
+"""The E0s: a fine-tune's model holds those that its log prints.
+
+mace-torch 0.3.16 overwrites them by the foundation's if the elements are all of the foundation's. That files are saved
+with these E0s is for ``test_train.py``.
+"""
+
+import ast
+
+import ase.io
+import pytest
+import torch
+from ase import Atoms
+from runs import E0S, FEWER_ELEMENTS, MOLECULE, Run, reach_training, write_inputs
+from tiny import tiny_mace
+
+FOUNDATION_E0S = {1: -1.0, 6: -2.0, 8: -3.0}
+PUT_RIGHT = "E0s put right"
+
+
+@pytest.fixture(params=[MOLECULE, FEWER_ELEMENTS], ids=["all_elements", "fewer_elements"])
+def molecule(request):
+    return request.param
+
+
+def fine_tune(folder, **options) -> tuple[dict[int, float], Run]:
+    """E0s in eV, by element, with which the model goes into training; and the run, for its log."""
+    model = reach_training(folder, peft="mmea", peft_rank=2, **options)["model"]
+    energies = model.atomic_energies_fn.atomic_energies.flatten().tolist()
+    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True)), Run(folder / "reached")
+
+
+@pytest.mark.parametrize("E0s", ["estimated", "average", "given"])
+def test_the_model_holds_the_E0s_that_the_log_prints(tmp_path, molecule, E0s):
+    write_inputs(tmp_path, molecule)
+    held, run = fine_tune(tmp_path, E0s=E0S[molecule] if E0s == "given" else E0s)
+    assert held == run.printed_E0s()
+    assert all(energy != FOUNDATION_E0S[z] for z, energy in held.items())
+    assert E0s != "given" or held == ast.literal_eval(E0S[molecule])
+    assert run.log.count(PUT_RIGHT) == (molecule == MOLECULE)
+
+
+@pytest.mark.parametrize("E0s", ["estimated", "average", "given"])
+def test_elements_that_the_data_lack_keep_the_E0s_of_the_foundation(tmp_path, E0s):
+    """With ``--foundation_model_elements``; the log prints those of the data alone."""
+    write_inputs(tmp_path, FEWER_ELEMENTS)
+    held, run = fine_tune(tmp_path, E0s=E0S[FEWER_ELEMENTS] if E0s == "given" else E0s, foundation_model_elements=True)
+    assert held == {6: FOUNDATION_E0S[6]} | run.printed_E0s()
+    assert all(energy != FOUNDATION_E0S[z] for z, energy in run.printed_E0s().items())
+    assert run.log.count(PUT_RIGHT) == 1
+
+
+def test_the_model_holds_the_energies_of_isolated_atoms(tmp_path):
+    write_inputs(tmp_path)
+    energies = {1: -0.5, 6: -1.5, 8: -2.5}
+    atoms = [Atoms([z], info={"config_type": "IsolatedAtom", "REF_energy": energy}) for z, energy in energies.items()]
+    ase.io.write(tmp_path / "train.xyz", atoms, append=True)
+    held, run = fine_tune(tmp_path, E0s=None)
+    assert held == run.printed_E0s() == energies
+
+
+def test_the_E0s_of_the_foundation_need_no_putting_right(tmp_path):
+    held, run = fine_tune(write_inputs(tmp_path), E0s="foundation")
+    assert held == run.printed_E0s() == FOUNDATION_E0S
+    assert PUT_RIGHT not in run.log
+
+
+@pytest.mark.parametrize("foundation, dtype", [("float32", "float64"), ("float64", "float32")])
+def test_a_foundation_of_another_dtype_estimates_the_same_E0s(tmp_path, molecule, foundation, dtype):
+    """The same as in double precision, up to the precision of float32; the model holds them in its own dtype."""
+    model = tiny_mace(dtype=torch.float32)
+    _, in_double = fine_tune(write_inputs(tmp_path / "double", molecule, model.double()), E0s="estimated")
+    write_inputs(tmp_path, molecule, model.to(getattr(torch, foundation)))
+    held, run = fine_tune(tmp_path, E0s="estimated", default_dtype=dtype)
+    printed = run.printed_E0s()
+    assert list(held.values()) == torch.tensor(list(printed.values()), dtype=getattr(torch, dtype)).tolist()
+    assert printed == pytest.approx(in_double.printed_E0s(), abs=1e-5)

@@ -1,0 +1,198 @@
+"""``--restart_latest`` with ``--peft``: resumes what fits, stops for what does not."""
+
+import re
+import shutil
+import time
+
+import pytest
+import torch
+from runs import NAME, SEED, Run, arguments, call, reach_training, start, train_here, write_inputs
+from tiny import tiny_mace
+
+PEFT = {"peft": "mmea", "peft_rank": 2}
+LR, GAMMA, BATCHES = 0.01, 0.9, 2
+OPTIONS = {"lr": LR, "scheduler": "ExponentialLR", "lr_scheduler_gamma": GAMMA}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Run:
+    """A run that was killed once it had written a few checkpoints."""
+    folder = write_inputs(tmp_path_factory.mktemp("killed"))
+    process, run = start(folder, arguments(folder, **PEFT, **OPTIONS, max_num_epochs=200)), Run(folder)
+    try:
+        while max(run.checkpoints(), default=0) < 3:
+            assert process.poll() is None, (folder / "stderr").read_text()
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    return run
+
+
+@pytest.fixture
+def folder(killed, tmp_path):
+    """A copy of what the killed run left."""
+    return shutil.copytree(killed.folder, tmp_path / "copy")
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs the command in this process; returns the line with which it stops."""
+
+    def refuse(folder, *flags, **options) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train_here(folder, *flags, **options)
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("mace_run_train: error: ") and message.endswith("\n") and message.count("\n") == 1
+        return message
+
+    return refuse
+
+
+def latest(run: Run) -> int:
+    """Epoch of the latest checkpoint."""
+    return max(run.checkpoints())
+
+
+def epoch_lines(log: str) -> dict[str, str]:
+    """What the log says of the validation errors, by "Initial" or "Epoch 3"."""
+    return dict(re.findall(r"INFO: (Initial|Epoch \d+): head: Default, (.*)", log))
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_where_it_was_and_finishes(killed, folder):
+    epoch = latest(killed)
+    run = call(folder, arguments(folder, "--restart_latest", **PEFT, **OPTIONS, max_num_epochs=epoch + 3))
+    assert run.returncode == 0, run.stderr
+    assert f"Loading checkpoint: {folder}/checkpoints/{NAME}_run-{SEED}_epoch-{epoch}.pt" in run.stdout
+    before, after = epoch_lines(killed.log), epoch_lines(run.stdout)
+    assert after["Initial"] == before[f"Epoch {epoch}"]
+    assert list(after) == ["Initial", *(f"Epoch {epoch + i}" for i in range(3))]  # MACE repeats the checkpoint's epoch
+    names = {path.name for path in folder.glob(f"{NAME}*")}
+    assert names == {f"{NAME}.model", f"{NAME}_compiled.model", f"{NAME}_adapter"}
+
+    end, checkpoint = latest(run), run.checkpoint()
+    assert end > epoch
+    steps = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
+    assert steps == {(epoch + 1) * BATCHES + (end - epoch + 1) * BATCHES}
+    rates = [group["lr"] for group in checkpoint["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([LR * GAMMA**end] * len(rates))
+
+
+def test_weights_optimizer_and_learning_rate_are_those_of_the_checkpoint(killed, folder):
+    checkpoint = killed.checkpoint()
+    given = reach_training(folder, "--restart_latest", **PEFT, **OPTIONS, checkpoints_dir=folder / "checkpoints",
+                           max_num_epochs=20)
+    assert given["start_epoch"] == latest(killed)
+    weights = given["model"].state_dict()
+    assert weights.keys() == checkpoint["model"].keys()
+    assert all(torch.equal(weights[key], checkpoint["model"][key]) for key in weights)
+    optimizer = given["optimizer"].state_dict()
+    assert optimizer["param_groups"] == checkpoint["optimizer"]["param_groups"]
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(LR * GAMMA ** latest(killed))
+    for index, state in checkpoint["optimizer"]["state"].items():
+        assert all(torch.equal(optimizer["state"][index][key], state[key]) for key in state)
+
+
+def test_the_start_of_the_adapters_does_not_matter_to_a_restart(killed, folder):
+    given = reach_training(folder, "--restart_latest", **PEFT, **OPTIONS, peft_init_std=0.5,
+                           checkpoints_dir=folder / "checkpoints", max_num_epochs=20)
+    W0 = "products.0.adapter.W0"
+    assert torch.equal(given["model"].get_parameter(W0), killed.checkpoint()["model"][W0])
+
+
+def test_without_a_checkpoint_a_restart_starts_at_epoch_0(tmp_path):
+    given = reach_training(write_inputs(tmp_path), "--restart_latest", **PEFT)
+    assert given["start_epoch"] == 0
+
+
+def test_stage_two_resumes_in_stage_two(tmp_path):
+    options = {**PEFT, "start_swa": 1, "checkpoints_dir": tmp_path / "checkpoints"}
+    run = train_here(write_inputs(tmp_path), "--swa", **options, max_num_epochs=3)
+    given = reach_training(tmp_path, "--swa", "--restart_latest", **options, max_num_epochs=5)
+    assert given["start_epoch"] == max(run.checkpoints(stage_two=True)) == 2
+    weights, checkpoint = given["model"].state_dict(), run.checkpoint(stage_two=True)["model"]
+    assert all(torch.equal(weights[key], checkpoint[key]) for key in checkpoint)
+
+
+@pytest.mark.parametrize("method, targets", [("mmea", "products"), ("elora", "published")])
+def test_an_lbfgs_run_resumes_with_its_history(tmp_path, method, targets):
+    options = {"peft": method, "peft_rank": 2, "peft_targets": targets, "checkpoints_dir": tmp_path / "checkpoints"}
+    run = train_here(write_inputs(tmp_path), "--lbfgs", **options, max_num_epochs=2)
+    given = reach_training(tmp_path, "--lbfgs", "--restart_latest", **options, max_num_epochs=4)
+    assert given["start_epoch"] == latest(run)
+    expected = run.checkpoint()["optimizer"]["state"][0]["n_iter"]
+    assert [state["n_iter"] for state in given["optimizer"].state.values()] == [expected]
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+OTHER_SETTINGS = {
+    "method": ({"peft": "elora"}, "--peft=mmea", "--peft=elora"),
+    "rank": ({"peft_rank": 3}, "--peft_rank=2", "--peft_rank=3"),
+    "placement": ({"peft_targets": "linears"}, "--peft_targets=products", "--peft_targets=linears"),
+    "gate": ({"peft_gate": "residual"}, "--peft_gate=exp", "--peft_gate=residual"),
+    "alpha": ({"peft_alpha": 9}, "--peft_alpha=2.0", "--peft_alpha=9.0"),
+    "train_also": ({"peft_train_also": "readouts.*"}, "--peft=mmea", "--peft_train_also=readouts.*"),
+}
+
+
+@pytest.mark.parametrize("other, made, asked", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_a_checkpoint_of_other_settings_stops_and_names_both(folder, refusal, other, made, asked):
+    message = refusal(folder, "--restart_latest", **PEFT | other, **OPTIONS)
+    assert made in message and asked in message
+    assert str(folder / "checkpoints") in message
+    assert "restart with the options it was made with, or give this run another --name" in message
+
+
+def test_a_checkpoint_made_without_peft_stops(tmp_path, refusal):
+    train_here(write_inputs(tmp_path), max_num_epochs=1)
+    message = refusal(tmp_path, "--restart_latest", **PEFT)
+    assert "was made without --peft" in message and "--name" in message
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_a_damaged_checkpoint_stops(killed, folder, refusal, keep):
+    path = Run(folder).checkpoints()[latest(killed)]
+    content = path.read_bytes()
+    path.write_bytes(content[:int(keep * len(content)) if keep < 1 else keep])
+    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS)
+    assert f"{NAME}_run-{SEED}" in message and str(folder / "checkpoints") in message
+    assert "cannot be read" in message and "delete it" in message
+
+
+@pytest.mark.parametrize("foundation", [{"channels": 6}, {"seed": 1}], ids=["other_shapes", "other_weights"])
+def test_a_checkpoint_of_another_foundation_stops(folder, refusal, foundation):
+    write_inputs(folder, foundation=tiny_mace(**foundation))
+    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS)
+    assert str(folder / "checkpoints") in message
+    assert "does not fit this run" in message or "was made from another foundation" in message
+    assert "restart with the options it was made with, or give this run another --name" in message
+
+
+def test_a_checkpoint_of_other_E0s_stops(folder, refusal):
+    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS, E0s="average")
+    assert "other E0s" in message and "restart with the options it was made with" in message
+
+
+# --- a fresh run of the same name -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"peft_rank": 3}, {"peft": "elora"}, {}], ids=["rank", "method", "same_settings"])
+def test_a_fresh_run_uses_no_checkpoint_of_an_earlier_one_and_leaves_those_of_other_names(killed, folder, other):
+    earlier = Run(folder).checkpoints()[latest(killed)]
+    of_another_name = shutil.copy(earlier, earlier.with_name(earlier.name.replace(NAME, "another", 1)))
+    run = train_here(folder, **PEFT | other, max_num_epochs=2)
+    assert of_another_name.exists()
+    fresh = run.log.removeprefix(killed.log)
+    (evaluated,) = re.findall(r"Loaded Stage one model from epoch (\d+) for evaluation", fresh)
+    assert int(evaluated) <= 1 < latest(killed)
+    assert list(epoch_lines(fresh)) == ["Initial", "Epoch 0", "Epoch 1"]
+    made = torch.load(run.checkpoints()[int(evaluated)], weights_only=False)
+    tensors = run.adapter_tensors()
+    assert all(torch.equal(tensor, made["model"][key]) for key, tensor in tensors.items())
+    assert run.adapter_config()["peft"]["rank"] == (PEFT | other)["peft_rank"]

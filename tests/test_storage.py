@@ -1,0 +1,256 @@
+"""What save_adapter writes, and the fingerprint of a foundation."""
+
+import json
+import os
+from copy import deepcopy
+from pathlib import Path
+
+import e3nn
+import mace
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import randomise, tiny_mace
+
+import mace_peft
+from mace_peft import PeftConfig, PeftError, inject, save_adapter, trainable_parameters
+from mace_peft.injection import fingerprint
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def shared_base():
+    return tiny_mace()
+
+
+@pytest.fixture
+def base(shared_base):
+    return deepcopy(shared_base)
+
+
+@pytest.fixture
+def model(base):
+    return randomise(inject(base, PeftConfig("mmea", rank=2, targets="published", train_also="readouts.0.*")))
+
+
+def names_in(directory):
+    return {path.name for path in Path(directory).iterdir()}
+
+
+def config_in(directory):
+    return json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_holds_two_files(model, tmp_path):
+    directory = tmp_path / "runs" / "adapter"
+    assert save_adapter(model, directory) == directory
+    assert names_in(directory) == FILES
+    assert names_in(directory.parent) == {"adapter"}
+
+
+@pytest.mark.parametrize("path", ["{}/adapter", "{}/adapter/"])
+def test_the_directory_may_be_text(model, tmp_path, path):
+    assert save_adapter(model, path.format(tmp_path)) == tmp_path / "adapter"
+    assert names_in(tmp_path / "adapter") == FILES
+
+
+def test_the_directory_may_be_relative(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(model, "adapter")
+    assert names_in(tmp_path / "adapter") == FILES
+
+
+@pytest.mark.parametrize("method, targets", [("mmea", "products"), ("mmea", "published"), ("elora", "published")])
+@pytest.mark.parametrize("train_also", [None, "readouts.*, interactions.0.skip_tp.*"])
+def test_the_tensors_are_what_trains(base, tmp_path, method, targets, train_also):
+    model = randomise(inject(base, PeftConfig(method, rank=2, targets=targets, train_also=train_also)))
+    expected = trainable_parameters(model)
+    tensors = load_file(save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors")
+    assert set(tensors) == set(expected)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+def test_the_tensors_are_marked_as_torch_ones(model, tmp_path):
+    """Other readers of safetensors (transformers, peft) ask for it."""
+    with safe_open(save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_files_add_little_to_the_parameters(model, tmp_path):
+    directory = save_adapter(model, tmp_path / "adapter")
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    parameters = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    assert parameters < size <= parameters + 16_000
+
+
+def test_the_config_describes_the_run(base, tmp_path):
+    expected = fingerprint(base)
+    config = PeftConfig("elora", rank=3, alpha=1.5, targets="products.*", train_also="readouts.0.*")
+    saved = config_in(save_adapter(inject(base, config), tmp_path / "adapter"))
+    assert saved == {
+        "peft": config.to_dict(),
+        "foundation": {"name": None, "fingerprint": expected},
+        "model_class": "ScaleShiftMACE",
+        "elements": [1, 6, 8],
+        "heads": ["Default"],
+        "E0s": [[-1.0, -2.0, -3.0]],
+        "scale": [0.8],
+        "shift": [0.1],
+        "dtype": "float64",
+        "versions": {"mace_peft": mace_peft.__version__, "mace": mace.__version__, "e3nn": e3nn.__version__,
+                     "torch": torch.__version__},
+    }
+    assert PeftConfig(**saved["peft"]) == config
+
+
+def test_the_config_names_the_foundation_that_it_was_given(base, tmp_path):
+    foundation = {"name": "medium.model", "fingerprint": "abc"}
+    saved = config_in(save_adapter(inject(base, PeftConfig("mmea", rank=2), foundation), tmp_path / "adapter"))
+    assert saved["foundation"] == foundation
+
+
+def test_e0s_scale_and_shift_keep_every_bit(base, tmp_path):
+    E0s = [-13.587222780835477, 1 / 3, -2000 / 7]
+    base.atomic_energies_fn.atomic_energies.copy_(torch.tensor(E0s, dtype=torch.float64))
+    base.scale_shift.scale.fill_(1 / 7)
+    base.scale_shift.shift.fill_(-1 / 11)
+    saved = config_in(save_adapter(inject(base, PeftConfig("mmea", rank=2)), tmp_path / "adapter"))
+    assert (saved["E0s"], saved["scale"], saved["shift"]) == ([E0s], [1 / 7], [-1 / 11])
+
+
+def test_every_head_has_its_e0s(tmp_path):
+    model = tiny_mace(heads=("DFT", "CC"))
+    model.atomic_energies_fn.atomic_energies = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]).double()
+    saved = config_in(save_adapter(inject(model, PeftConfig("mmea", rank=2)), tmp_path / "adapter"))
+    assert saved["heads"] == ["DFT", "CC"]
+    assert saved["E0s"] == [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]
+
+
+def test_a_float32_model_is_saved_as_one(base, tmp_path):
+    model = inject(base.float(), PeftConfig("mmea", rank=2))
+    directory = save_adapter(model, tmp_path / "adapter")
+    assert config_in(directory)["dtype"] == "float32"
+    assert {t.dtype for t in load_file(directory / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_saving_changes_nothing_in_the_model(model, tmp_path):
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    save_adapter(model, tmp_path / "adapter")
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+# --- replacing and failing --------------------------------------------------------------------------------------------
+
+
+def test_an_old_adapter_is_replaced(model, tmp_path):
+    directory = save_adapter(model, tmp_path / "adapter")
+    randomise(model, seed=7)
+    save_adapter(model, directory)
+    assert names_in(tmp_path) == {"adapter"} and names_in(directory) == FILES
+    tensors = load_file(directory / "adapter_model.safetensors")
+    assert all(torch.equal(tensors[name], parameter) for name, parameter in trainable_parameters(model).items())
+
+
+@pytest.mark.parametrize("there_already", [False, True])
+@pytest.mark.parametrize("step", ["write 1", "write 2", "rename"])
+def test_a_failure_leaves_the_files_that_were_there_and_no_others(model, tmp_path, monkeypatch, step, there_already):
+    directory = tmp_path / "adapter"
+    if there_already:
+        save_adapter(model, directory)
+    before = {path.name: path.read_bytes() for path in directory.glob("*")}
+    randomise(model, seed=7)
+    writes = []
+
+    def counted(write):
+        def attempt(path, *arguments, **options):
+            writes.append(path)
+            if len(writes) == int(step[-1]):
+                path.touch()
+                raise OSError("no space left on device")
+            return write(path, *arguments, **options)
+
+        return attempt
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    if step == "rename":
+        for owner, name in ((os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")):
+            monkeypatch.setattr(owner, name, fail)
+    else:
+        monkeypatch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+        monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, directory)
+    monkeypatch.undo()
+    assert names_in(tmp_path) <= {"adapter"}
+    assert {path.name: path.read_bytes() for path in directory.glob("*")} == before
+
+
+def test_other_files_in_the_directory_stay(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    save_adapter(model, tmp_path)
+    assert names_in(tmp_path) == FILES | {"notes.txt"} and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_the_directory_survives(model, tmp_path):
+    (tmp_path / "adapter").write_text("something else")
+    with pytest.raises(OSError):
+        save_adapter(model, tmp_path / "adapter")
+    assert names_in(tmp_path) == {"adapter"} and (tmp_path / "adapter").read_text() == "something else"
+
+
+def test_a_model_without_adapters_is_refused(base, tmp_path):
+    with pytest.raises(PeftError, match="has no adapters"):
+        save_adapter(base, tmp_path / "adapter")
+    assert names_in(tmp_path) == set()
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_the_weights(base, shared_base):
+    expected = fingerprint(shared_base)
+    assert len(expected) == 64 and int(expected, 16)
+    assert fingerprint(base) == expected
+    assert fingerprint(base.requires_grad_(False)) == expected
+    assert fingerprint(base.float()) == expected
+    assert fingerprint(base.double()) == expected
+    assert fingerprint(tiny_mace(seed=1)) != expected
+
+
+def test_every_weight_counts(base):
+    seen = {fingerprint(base)}
+    for parameter in base.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-3
+        seen.add(fingerprint(base))
+    assert len(seen) == 1 + len(list(base.parameters()))
+
+
+def test_the_fingerprint_knows_which_weight_is_which(base):
+    expected = fingerprint(base)
+    up, down = base.interactions[0].linear_up, base.node_embedding.linear
+    with torch.no_grad():
+        a, b = up.weight.flatten()[:12].clone(), down.weight.flatten()[:12].clone()
+        up.weight.view(-1)[:12], down.weight.view(-1)[:12] = b, a
+    assert fingerprint(base) != expected
+
+
+def test_the_fingerprint_holds_names():
+    layer = torch.nn.Linear(2, 2)
+    assert fingerprint(torch.nn.ModuleDict({"a": layer})) != fingerprint(torch.nn.ModuleDict({"b": layer}))
+
+
+def test_injection_remembers_the_fingerprint_of_its_base(base):
+    expected = fingerprint(base)
+    model = randomise(inject(base, PeftConfig("mmea", rank=2, train_also="readouts.*")))
+    assert model.peft_foundation == {"name": None, "fingerprint": expected}

@@ -1,0 +1,393 @@
+"""Which modules get an adapter, how many parameters that trains, and what is refused."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import mace  # noqa: F401  before e3nn
+import numpy as np
+import pytest
+import torch
+from e3nn import nn as e3nn_nn
+from e3nn import o3
+from mace import modules
+from tiny import batch, configurations, predict, randomise, tiny_mace
+
+from mace_peft import PeftConfig, PeftError, eject, inject, trainable_parameters
+from mace_peft.adapted import Adapted
+from mace_peft.injection import adapted_blocks, is_adapted
+from mace_peft.report import summary
+from mace_peft.targets import find_targets, unit
+
+
+@pytest.fixture(scope="module")
+def shared_model():
+    return tiny_mace()
+
+
+@pytest.fixture
+def model(shared_model):
+    return deepcopy(shared_model)
+
+
+def names_of(model, *classes):
+    return [name for name, module in model.named_modules() if isinstance(module, classes)]
+
+
+def targets_of(model, method, targets):
+    return list(find_targets(model, PeftConfig(method, targets=targets)))
+
+
+def refusal(action, *arguments):
+    """The message of the PeftError that the action raises: one line."""
+    with pytest.raises(PeftError) as error:
+        action(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- the published counts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def medium():
+    """A model of MACE-OFF23-medium shape with three elements."""
+    return modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
+        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock,
+        num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
+        gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
+        correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+        heads=["Default"])
+
+
+def radial(*sizes):
+    return sum(16 * (rows + columns) for rows, columns in zip(sizes, sizes[1:], strict=False))
+
+
+LOW_RANK_OF_BOTH = {
+    "interactions.0.conv_tp_weights": 14_464,
+    "interactions.0.skip_tp": 32_768,
+    "interactions.1.conv_tp_weights": 26_752,
+    "interactions.1.skip_tp": 8_192,
+    "products.0.symmetric_contractions": 12_256,
+    "products.1.symmetric_contractions": 5_072,
+}
+GATES = {
+    "node_embedding.linear": 2_240,
+    "interactions.0.linear_up": 4_240,
+    "interactions.0.linear": 10_768,
+    "interactions.1.linear_up": 6_416,
+    "interactions.1.linear": 12_816,
+    "products.0.linear": 6_416,
+    "products.1.linear": 4_240,
+    "readouts.0.linear": 2_081,
+    "readouts.1.linear_1": 2_336,
+    "readouts.1.linear_2": 289,
+}
+# rank 16 times (channels in + channels out) of every irrep that both sides share
+LINEAR_UPDATES = {
+    "node_embedding.linear": 16 * (3 + 128),
+    "interactions.0.linear_up": 16 * (128 + 128),
+    "interactions.0.linear": 16 * 4 * (128 + 128),
+    "interactions.1.linear_up": 16 * 2 * (128 + 128),
+    "interactions.1.linear": 16 * ((256 + 128) + 3 * (384 + 128) - 128),
+    "products.0.linear": 16 * 2 * (128 + 128),
+    "products.1.linear": 16 * (128 + 128),
+    "readouts.0.linear": 16 * (128 + 1),
+    "readouts.1.linear_1": 16 * (128 + 16),
+    "readouts.1.linear_2": 16 * (16 + 1),
+}
+PUBLISHED = {
+    "mmea": ({**{name: (count, "gate") for name, count in GATES.items()},
+              **{name: (count, "low-rank update") for name, count in LOW_RANK_OF_BOTH.items()}}, 151_346, "20.1"),
+    "elora": ({name: (count, "low-rank update") for name, count in {**LINEAR_UPDATES, **LOW_RANK_OF_BOTH}.items()},
+              175_872, "23.4"),
+}
+
+
+def rows_of(text):
+    """{module: (parameters, what trains)} of a summary."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[0] == ["module", "what trains", "parameters", "% of base"]
+    return {module: (int(number.replace(",", "")), kind) for module, kind, number, _ in cells[1:]}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_published_counts(medium, method):
+    expected, total, share = PUBLISHED[method]
+    assert sum(parameter.numel() for parameter in medium.parameters()) == 751_888
+    inject(medium, PeftConfig(method, rank=16, targets="published"))
+    try:
+        text = summary(medium)
+        assert rows_of(text) == expected
+        assert sum(number for number, _ in expected.values()) == total
+        assert sum(parameter.numel() for parameter in trainable_parameters(medium).values()) == total
+        assert text.endswith(f"Trainable: {total:,} parameters, {share} % of the base's 751,888")
+    finally:
+        eject(medium)
+
+
+def test_a_radial_mlp_counts_as_its_layers():
+    assert radial(8, 64, 64, 64, 512) == LOW_RANK_OF_BOTH["interactions.0.conv_tp_weights"]
+
+
+# --- placements -------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_gated_as_a_whole(model):
+    assert targets_of(model, "mmea", "products") == ["products.0", "products.1"]
+
+
+def test_products_are_updated_in_their_weights(model):
+    assert targets_of(model, "elora", "products") == [
+        "products.0.symmetric_contractions.contractions.0", "products.0.symmetric_contractions.contractions.1",
+        "products.0.linear", "products.1.symmetric_contractions.contractions.0", "products.1.linear"]
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_linears_are_all_linear_layers(model, method):
+    linears = names_of(model, o3.Linear)
+    assert len(linears) == 10
+    assert targets_of(model, method, "linears") == linears
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_published_are_linears_tensor_products_radial_mlps_and_contractions(model, method):
+    expected = names_of(model, o3.Linear, o3.FullyConnectedTensorProduct, type(e3nn_nn.FullyConnectedNet([1, 1])[0]),
+                        modules.symmetric_contraction.Contraction)
+    assert targets_of(model, method, "published") == expected
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("patterns, expected", [
+    ("interactions.*.linear", ["interactions.0.linear", "interactions.1.linear"]),
+    ("interactions.?.skip_tp", ["interactions.0.skip_tp", "interactions.1.skip_tp"]),
+    ("readouts.1.linear_1,node_embedding.linear", ["node_embedding.linear", "readouts.1.linear_1"]),
+    (" readouts.0 , readouts.*.linear ,", ["readouts.0.linear"]),
+    ("readouts.*", ["readouts.0.linear", "readouts.1.linear_1", "readouts.1.linear_2"]),
+    ("interactions.1.conv_tp_weights", [f"interactions.1.conv_tp_weights.layer{i}" for i in range(3)]),
+    ("products.1.symm*", ["products.1.symmetric_contractions.contractions.0"]),
+])
+def test_patterns_name_modules_or_what_contains_them(model, method, patterns, expected):
+    assert targets_of(model, method, patterns) == expected
+
+
+def test_a_pattern_names_an_adaptable_module_itself_and_not_what_is_inside(model):
+    assert targets_of(model, "mmea", "products.0") == ["products.0"]
+    assert targets_of(model, "mmea", "products.0, products.0.linear") == ["products.0", "products.0.linear"]
+
+
+@pytest.mark.parametrize("targets, close", [
+    ("product", "products"),
+    ("published_", "published"),
+    ("interactions.0.liner_up", "interactions.0.linear_up"),
+    ("interaction.0.conv_tp_weight", "interactions.0.conv_tp_weights"),
+])
+def test_a_target_that_matches_nothing_names_close_ones(model, targets, close):
+    message = refusal(inject, model, PeftConfig("mmea", rank=2, targets=targets))
+    assert f"--peft_targets {targets!r}" in message
+    assert close in message.split("did you mean ")[1].split("?")[0].split(" or ")
+    assert "products, linears, published" in message
+
+
+def test_a_target_that_matches_nothing_lists_what_there_is(model):
+    message = refusal(inject, model, PeftConfig("elora", rank=2, targets="zzz"))
+    assert "did you mean" not in message
+    listed = message.rpartition("this model has ")[2].split(", ")
+    assert "interactions.0.conv_tp_weights" in listed and "products.0.symmetric_contractions" in listed
+    assert not [name for name in listed if "layer0" in name or "contractions.0" in name]
+    for name in listed:
+        assert targets_of(model, "elora", name), name
+
+
+def test_every_pattern_of_a_list_has_to_match(model):
+    message = refusal(inject, model, PeftConfig("elora", rank=2, targets="products.*, readout.*"))
+    assert "'readout.*'" in message and "'products.*'" not in message
+
+
+@pytest.mark.parametrize("targets", ["linears, interactions.*", "interactions.*,published"])
+def test_a_placement_among_patterns_is_refused(model, targets):
+    message = refusal(inject, model, PeftConfig("mmea", rank=2, targets=targets))
+    assert repr(targets) in message and "alone" in message
+
+
+def test_products_among_patterns_are_the_modules_of_that_name(model):
+    """MACE has them in a list called products, so that the pattern and the placement agree."""
+    assert targets_of(model, "mmea", "products, readouts.0") == ["products.0", "products.1", "readouts.0.linear"]
+    assert targets_of(model, "elora", "products,products.*") == targets_of(model, "elora", "products")
+
+
+def test_modules_without_weights_are_no_targets(model):
+    message = refusal(inject, model, PeftConfig("mmea", rank=2, targets="spherical_harmonics"))
+    assert "matches no module that mmea can adapt" in message
+
+
+def test_a_model_without_the_blocks_is_refused():
+    plain = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Tanh()))
+    for method in ("mmea", "elora"):
+        for placement, block in [("products", "EquivariantProductBasisBlock"), ("linears", "Linear"),
+                                 ("published", "FullyConnectedTensorProduct")]:
+            message = refusal(inject, plain, PeftConfig(method, rank=2, targets=placement))
+            assert repr(placement) in message and block in message and "Sequential" in message
+            assert "glob patterns" in message
+    assert not is_adapted(plain)
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_a_linear_layer_without_weights_is_left_alone(method):
+    model = torch.nn.Sequential(o3.Linear("2x0e+3x1o", "3x0e"), o3.Linear("3x0e", "2x1o"))
+    inject(model, PeftConfig(method, rank=2, targets="linears"))
+    assert isinstance(model[0], Adapted) and not isinstance(model[1], Adapted)
+    assert model(torch.randn(2, 11)).shape == (2, 6)
+
+
+# --- parameters that train along --------------------------------------------------------------------------------------
+
+
+def test_train_also_trains_base_parameters(model):
+    inject(model, PeftConfig("mmea", rank=2, train_also="readouts.1.*, interactions.0.skip_tp.weight"))
+    along = ["interactions.0.skip_tp.weight", "readouts.1.linear_1.weight", "readouts.1.linear_2.weight"]
+    trainable = trainable_parameters(model)
+    assert [name for name in trainable if ".adapter." not in name] == along
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == list(trainable)
+    rows = rows_of(summary(model))
+    assert set(rows) == {"products.0", "products.1", *along}
+    for name in along:
+        assert rows[name] == (model.get_parameter(name).numel(), "itself")
+
+
+def test_train_also_may_name_what_has_an_adapter(model):
+    base = sum(parameter.numel() for parameter in model.parameters())
+    inject(model, PeftConfig("elora", rank=2, targets="readouts.*", train_also="readouts.*"))
+    linears = names_of(model.readouts, o3.Linear)
+    assert {f"readouts.{name}.weight" for name in linears} <= set(trainable_parameters(model))
+    total = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    text = summary(model)
+    assert f"Trainable: {total:,} parameters" in text and text.endswith(f"the base's {base:,}")
+
+
+def test_train_also_that_matches_nothing_names_close_parameters(model):
+    before = dict(vars(model))
+    message = refusal(inject, model, PeftConfig("mmea", rank=2, train_also="readouts.0.linear.weights"))
+    assert "--peft_train_also 'readouts.0.linear.weights'" in message
+    assert "did you mean readouts.0.linear.weight" in message and "'readouts.*'" in message
+    assert dict(vars(model)) == before
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("interactions.0.conv_tp_weights.layer1", "interactions.0.conv_tp_weights"),
+    ("products.0.symmetric_contractions.contractions.1", "products.0.symmetric_contractions"),
+    ("products.0.symmetric_contractions", "products.0.symmetric_contractions"),
+    ("products.0.linear", "products.0.linear"),
+    ("readouts.0", "readouts.0"),
+])
+def test_the_parts_of_a_composite_go_by_its_name(model, name, expected):
+    assert unit(model, name) == expected
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, targets, largest, widest", [
+    ("mmea", "products", 4, "products.0"),  # 4 channels
+    ("mmea", "interactions.1.linear", 12, "interactions.1.linear"),  # 3 paths of 4 channels to an irrep
+    ("mmea", "readouts.1.linear_2", 8, "readouts.1.linear_2"),  # 8 in, 1 out
+    ("elora", "interactions.1.linear", 4, "interactions.1.linear"),  # 12 in, 4 out
+    ("elora", "readouts.1.linear_2", 1, "readouts.1.linear_2"),
+    ("elora", "interactions.1.skip_tp", 4, "interactions.1.skip_tp"),  # 4 * 3 elements in, 4 out
+    ("elora", "interactions.0.conv_tp_weights", 8, "interactions.0.conv_tp_weights.layer1"),  # [4, 8, 8, 12]
+])
+def test_a_rank_that_is_too_large_names_the_largest_of_use(model, method, targets, largest, widest):
+    message = refusal(inject, model, PeftConfig(method, rank=largest + 1, targets=targets))
+    assert message.startswith(f"--peft_rank {largest + 1} ") and f"({widest})" in message
+    assert message.endswith(f"largest useful rank here is {largest}")
+    assert not is_adapted(model)
+    inject(model, PeftConfig(method, rank=largest, targets=targets))
+
+
+def test_the_widest_target_decides_on_the_rank(model):
+    inject(model, PeftConfig("elora", rank=8, targets="interactions.0.conv_tp_weights, readouts.1.linear_2"))
+    assert len(list(adapted_blocks(model))) == 4
+
+
+# --- refusals leave the model as it was -------------------------------------------------------------------------------
+
+
+def test_a_second_injection_is_refused(model):
+    inject(model, PeftConfig("mmea", rank=2))
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    message = refusal(inject, model, PeftConfig("elora", rank=2))
+    assert "mmea" in message and "eject" in message
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert model.peft_config == PeftConfig("mmea", rank=2)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 1000}, {"targets": "nothing"}, {"train_also": "nothing"}])
+def test_a_refused_injection_changes_nothing(model, settings):
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    attributes = set(vars(model))
+    refusal(inject, model, PeftConfig("mmea", **{"rank": 2, **settings}))
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert set(vars(model)) == attributes and not names_of(model, Adapted)
+
+
+def test_a_model_for_cuequivariance_is_refused(model):
+    model.cueq_config = SimpleNamespace(enabled=True)
+    assert "mace_cueq_to_e3nn" in refusal(inject, model, PeftConfig("mmea", rank=2))
+    assert not is_adapted(model)
+
+
+@pytest.mark.parametrize("action", [eject, trainable_parameters, summary])
+def test_what_needs_adapters_says_so(model, action):
+    assert "has no adapters: inject(model, config)" in refusal(action, model)
+
+
+# --- other models -----------------------------------------------------------------------------------------------------
+
+NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+OTHER_MODELS = {
+    "density": {"first": "RealAgnosticDensityInteractionBlock", "later": "RealAgnosticDensityResidualInteractionBlock"},
+    "non-linear": {"first": NON_LINEAR, "later": NON_LINEAR},
+    "non-linear later": {"later": NON_LINEAR},
+    "residual first": {"first": "RealAgnosticResidualInteractionBlock"},
+    "one interaction": {"interactions": 1},
+    "two heads": {"heads": ("one", "two")},
+    "not scaled": {"model_class": modules.MACE},
+}
+
+
+@pytest.fixture(scope="module", params=OTHER_MODELS)
+def other_model(request):
+    return tiny_mace(**OTHER_MODELS[request.param])
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("targets", ["products", "linears", "published"])
+def test_other_models_run_with_every_placement(other_model, method, targets):
+    structures = configurations(1)
+    predict(other_model, structures)  # the first call of e3nn's compiled code may differ in the last bit
+    expected = predict(other_model, structures)
+    model = inject(deepcopy(other_model), PeftConfig(method, rank=2, targets=targets))
+    predict(model, structures)
+    for a, b in zip(predict(model, structures), expected, strict=True):
+        assert torch.equal(a, b)
+
+    randomise(model, scale=0.3)
+    output = model(batch(model, structures), training=True, compute_force=True)
+    assert (output["forces"] - expected[1]).norm() > 1e-3 * expected[1].norm()
+    (output["energy"].sum() + output["forces"].pow(2).sum()).backward()
+    assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
+    assert names_of(eject(model), Adapted) == []
+
+
+def test_the_newer_radial_mlp_is_one_unit():
+    model = tiny_mace(first=NON_LINEAR, later=NON_LINEAR)
+    inject(model, PeftConfig("elora", rank=2, targets="interactions.0.conv_tp_weights"))
+    assert list(rows_of(summary(model))) == ["interactions.0.conv_tp_weights"]

@@ -1,0 +1,392 @@
+"""Fine-tunes by ``mace_run_train --peft``: the files they leave, what trains, and what stays as it was."""
+
+import copy
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+import yaml
+from mace import data
+from mace.calculators import MACECalculator
+from mace.tools import AtomicNumberTable, MetricsLogger, evaluate, torch_geometric
+from mace.tools.tables_utils import create_error_table
+from mace.tools.train import valid_err_log
+from runs import (
+    E0S,
+    FEWER_ELEMENTS,
+    MOLECULE,
+    NAME,
+    STAGES,
+    Run,
+    environment,
+    reach_training,
+    train,
+    train_here,
+    write_inputs,
+)
+from tiny import configurations, predict
+
+from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft.injection import fingerprint
+from mace_peft.targets import find_targets, unit
+
+ATOMIC_ENERGIES = "atomic_energies_fn.atomic_energies"
+
+
+@dataclasses.dataclass
+class Case:
+    molecule: str
+    peft: dict
+    flags: tuple = ()
+    more: dict = dataclasses.field(default_factory=dict)
+    as_yaml: bool = False
+
+    @property
+    def config(self) -> PeftConfig:
+        return PeftConfig(**{name.removeprefix("peft_"): value for name, value in self.peft.items() if name != "peft"},
+                          method=self.peft["peft"])
+
+    @property
+    def stages(self) -> list[bool]:
+        return [False, True] if "--swa" in self.flags else [False]
+
+
+CASES = {
+    "mmea-products": Case(
+        MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_train_also": "readouts.*"},
+        ("--swa", "--ema"), {"start_swa": 2, "max_num_epochs": 3},
+    ),
+    "elora-products": Case(
+        FEWER_ELEMENTS, {"peft": "elora", "peft_rank": 3, "peft_alpha": 6.0},
+        ("--swa",), {"start_swa": 1, "E0s": "estimated"},
+    ),
+    "mmea-published": Case(
+        FEWER_ELEMENTS, {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "peft_gate": "residual"},
+        more={"E0s": E0S[FEWER_ELEMENTS]},
+    ),
+    "elora-published": Case(
+        MOLECULE, {"peft": "elora", "peft_rank": 2, "peft_targets": "published", "peft_alpha": 5.0},
+        ("--ema",), {"E0s": "average", "ema_decay": 0.5}, as_yaml=True,
+    ),
+}
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+def every_stage(method: str | None = None):
+    """Parametrises a test by ``name`` and ``stage_two`` of each model that the cases leave."""
+    stages = [(name, stage) for name, case in CASES.items() if method in (None, case.config.method)
+              for stage in case.stages]
+    return pytest.mark.parametrize("name, stage_two", [pytest.param(*s, id=s[0] + STAGES[s[1]]) for s in stages])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The finished run of each case, by name."""
+
+    @functools.cache
+    def run(name: str) -> Run:
+        case = CASES[name]
+        folder = write_inputs(tmp_path_factory.mktemp(name), case.molecule)
+        if not case.as_yaml:
+            return train(folder, *case.flags, **case.more, **case.peft)
+        (folder / "peft.yaml").write_text(yaml.safe_dump(case.peft))
+        return train(folder, *case.flags, f"--config={folder / 'peft.yaml'}", **case.more)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def before_training(finished):
+    """What MACE hands to its training loop in each case, without ``--peft``."""
+
+    @functools.cache
+    def stock(name: str) -> dict:
+        return reach_training(finished(name).folder, **CASES[name].more)
+
+    return stock
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with inputs, for runs in this process."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """As in a run: MACE's loss and metrics have the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def unseen(name: str) -> list:
+    """Structures that no run has seen."""
+    return configurations(3, CASES[name].molecule, seed=7)
+
+
+def shapes(tensors) -> list[tuple]:
+    return sorted(tuple(tensor.shape) for tensor in tensors)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_a_run_succeeds_and_leaves_its_files(finished, name):
+    run = finished(name)
+    assert run.returncode == 0, run.stderr
+    stems = [NAME + STAGES[stage] for stage in CASES[name].stages]
+    left = {path.name for path in run.folder.glob(f"{NAME}*")}
+    assert left == {stem + end for stem in stems for end in (".model", "_compiled.model", "_adapter")}
+    for stage in CASES[name].stages:
+        files = {path.name for path in run.adapter(stage).iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert run.log.rstrip().endswith("Done")
+    assert "ERROR" not in run.log
+
+
+@every_stage()
+def test_the_adapter_directory_holds_the_settings_and_what_trained(finished, name, stage_two):
+    run = finished(name)
+    described = run.adapter_config(stage_two)
+    assert PeftConfig(**described["peft"]) == CASES[name].config
+    foundation = torch.load(run.folder / "foundation.model", weights_only=False)
+    origin = {"name": "foundation.model", "head": None, "fingerprint": fingerprint(foundation)}
+    assert described["foundation"] == origin
+    assert dict(zip(described["elements"], described["E0s"][0], strict=True)) == run.printed_E0s()
+    checkpoint, tensors = run.checkpoint(stage_two)["model"], run.adapter_tensors(stage_two)
+    assert {key for key in checkpoint if ".adapter." in key} == {key for key in tensors if ".adapter." in key}
+    assert all(torch.equal(tensor, checkpoint[key]) for key, tensor in tensors.items())
+
+
+@every_stage()
+def test_the_saved_model_predicts_as_the_trained_one(finished, before_training, name, stage_two):
+    """The trained one: MACE's model before training, with adapters, and the tensors of the checkpoint."""
+    run = finished(name)
+    trained = inject(copy.deepcopy(before_training(name)["model"]), CASES[name].config)
+    trained.load_state_dict(run.checkpoint(stage_two)["model"])
+    expected = predict(trained, unseen(name))
+    torch.testing.assert_close(predict(run.model(stage_two), unseen(name)), expected, rtol=1e-10, atol=1e-10)
+
+
+@every_stage()
+def test_the_compiled_model_predicts_as_the_saved_one(finished, name, stage_two):
+    run = finished(name)
+    compiled = torch.jit.load(run.folder / f"{NAME}{STAGES[stage_two]}_compiled.model")
+    expected = predict(run.model(stage_two), unseen(name))
+    torch.testing.assert_close(predict(compiled, unseen(name)), expected, rtol=1e-10, atol=1e-10)
+
+
+@EVERY
+def test_a_calculator_takes_the_saved_model(finished, name):
+    run, atoms = finished(name), unseen(name)[0]
+    energies, forces = predict(run.model(), [atoms])
+    atoms.calc = MACECalculator(model_paths=run.folder / f"{NAME}.model", device="cpu", default_dtype="float64")
+    assert atoms.get_potential_energy() == pytest.approx(energies.item(), abs=1e-10)
+    np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-10)
+
+
+@every_stage("elora")
+def test_elora_leaves_a_plain_mace_model(finished, before_training, name, stage_two):
+    model, stock = finished(name).model(stage_two), before_training(name)["model"]
+    classes, expected = [{key: type(module).__name__ for key, module in m.named_modules()} for m in (model, stock)]
+    assert classes == expected
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    assert vars(model).keys() == vars(stock).keys()
+
+
+WITHOUT_MACE_PEFT = """
+import sys
+sys.modules["mace_peft"] = None
+import torch
+from tiny import configurations, predict
+
+gated, results, *files = sys.argv[1:]
+try:
+    torch.load(gated, weights_only=False)
+except ModuleNotFoundError:
+    torch.save({
+        file: predict(torch.load(file, weights_only=False), configurations(3, molecule, seed=7))
+        for molecule, _, file in (argument.partition("=") for argument in files)
+    }, results)
+"""
+
+
+def test_merged_and_compiled_models_predict_where_mace_peft_is_missing(finished, tmp_path):
+    """The process loads no adapted model, as a check that mace_peft is missing there, and then all of the others."""
+    expected = {}
+    for name, case in CASES.items():
+        run = finished(name)
+        files = [f"{NAME}_compiled.model"] + [f"{NAME}.model"] * (case.config.method == "elora")
+        prediction = predict(run.model(), unseen(name))
+        expected |= {f"{case.molecule}={run.folder / file}": prediction for file in files}
+    process = [sys.executable, "-S", "-c", WITHOUT_MACE_PEFT, finished("mmea-products").folder / f"{NAME}.model",
+               tmp_path / "results.pt", *expected]
+    subprocess.run(process, env=environment(PYTHONPATH=os.pathsep.join(sys.path)), check=True, timeout=600)
+    results = torch.load(tmp_path / "results.pt")
+    for argument, prediction in expected.items():
+        torch.testing.assert_close(results[argument.partition("=")[2]], prediction, rtol=1e-10, atol=1e-10)
+
+
+# --- what a run says --------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_the_log_lists_what_trains(finished, before_training, name):
+    log, model, config = finished(name).log, before_training(name)["model"], CASES[name].config
+    assert config.options() in log
+    listed = re.findall(r"^\| (\S+) +\| (?:gate|low-rank update|itself) +\| +([\d,]+) \|", log, re.MULTILINE)
+    along = {key for key, _ in model.named_parameters() if key.startswith("readouts.") and config.train_also}
+    assert {module for module, _ in listed} == {unit(model, target) for target in find_targets(model, config)} | along
+    trained = sum(tensor.numel() for tensor in finished(name).adapter_tensors().values())
+    assert sum(int(number.replace(",", "")) for _, number in listed) == trained
+    base = sum(parameter.numel() for parameter in model.parameters())
+    assert f"Trainable: {trained:,} parameters, {100 * trained / base:.1f} % of the base's {base:,}\n" in log
+
+
+@EVERY
+def test_the_first_validation_is_the_foundations_own(finished, before_training, name, tmp_path, caplog):
+    """Digit for digit: the foundation file with the E0s that the log prints, evaluated by MACE's own functions."""
+    run, given = finished(name), before_training(name)
+    foundation = torch.load(run.folder / "foundation.model", weights_only=False)
+    elements = foundation.atomic_numbers.tolist()
+    for z, energy in run.printed_E0s().items():
+        foundation.atomic_energies_fn.atomic_energies[..., elements.index(z)] = energy
+
+    keys = data.KeySpecification(info_keys={"energy": "REF_energy"}, arrays_keys={"forces": "REF_forces"})
+    structures = ase.io.read(run.folder / "valid.xyz", ":")
+    dataset = [data.AtomicData.from_config(data.config_from_atoms(atoms, key_specification=keys), cutoff=4.0,
+                                           z_table=AtomicNumberTable(elements)) for atoms in structures]
+    loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=5)
+    loss, metrics = evaluate(foundation, given["loss_fn"], loader, given["output_args"], torch.device("cpu"))
+
+    caplog.set_level("INFO")
+    valid_err_log(loss, metrics, MetricsLogger(str(tmp_path), "valid"), "PerAtomRMSE", None, "Default")
+    assert caplog.messages[-1].startswith("Initial: ")
+    assert f"INFO: {caplog.messages[-1]}\n" in run.log
+
+
+@EVERY
+def test_training_lowers_the_error(finished, name):
+    errors = [line["rmse_f"] for line in finished(name).metrics if line["mode"] == "eval"]
+    assert errors[-1] < errors[0]
+
+
+@every_stage()
+def test_the_error_table_is_that_of_the_saved_model(finished, before_training, name, stage_two):
+    run, given = finished(name), before_training(name)
+    loaders = {"train_Default": given["train_loader"], "valid_Default": given["valid_loaders"]["Default"]}
+    table = create_error_table("PerAtomRMSE", loaders, run.model(stage_two), given["loss_fn"], given["output_args"],
+                               log_wandb=False, device="cpu")
+    tables = run.log.split("Error-table on TRAIN and VALID:\n")[1:]
+    assert len(tables) == len(CASES[name].stages)
+    assert tables[stage_two].startswith(str(table))
+    assert "Error-table on TEST:" in tables[stage_two]
+
+
+# --- what trains ------------------------------------------------------------------------------------------------------
+
+
+@every_stage()
+def test_nothing_but_adapters_and_what_trains_along_changes(finished, before_training, name, stage_two):
+    """To the last bit, against the model that MACE configures without ``--peft``."""
+    run, model = finished(name), before_training(name)["model"]
+    start, end = model.state_dict(), run.checkpoint(stage_two)["model"]
+    assert {key for key in end if ".adapter." not in key} == start.keys()
+    along = {key for key, weight in model.named_parameters() if key.startswith("readouts.") and weight.numel()}
+    changed = {key for key in start if not torch.equal(start[key], end[key])} - {ATOMIC_ENERGIES}
+    assert changed == (along if name == "mmea-products" else set())
+    saved = run.model(stage_two).state_dict()
+    for E0s in (end[ATOMIC_ENERGIES], saved[ATOMIC_ENERGIES]):
+        assert E0s.flatten().tolist() == list(run.printed_E0s().values())
+
+
+@every_stage()
+def test_the_optimizer_in_the_checkpoint_holds_what_trains(finished, name, stage_two):
+    run = finished(name)
+    optimizer, trained = run.checkpoint(stage_two)["optimizer"], run.adapter_tensors(stage_two)
+    assert sum(len(group["params"]) for group in optimizer["param_groups"]) == len(trained)
+    assert shapes(state["exp_avg"] for state in optimizer["state"].values()) == shapes(trained.values())
+
+
+@pytest.mark.parametrize("name, flags", [*((name, []) for name in CASES), ("mmea-products", ["--lbfgs"])],
+                         ids=[*CASES, "mmea-products-lbfgs"])
+def test_optimizer_and_average_hold_what_trains(inputs, name, flags):
+    given = reach_training(inputs, "--ema", *flags, **CASES[name].peft)
+    trained = trainable_parameters(given["model"])
+    held = [parameter for group in given["optimizer"].param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in trained.values()}
+    assert len(held) == len(trained)
+    assert shapes(given["ema"].shadow_params) == shapes(trained.values())
+    frozen = {key for key, parameter in given["model"].named_parameters() if not parameter.requires_grad}
+    assert frozen == {key for key, _ in given["model"].named_parameters()} - trained.keys()
+
+
+def test_gradient_clipping_sees_no_frozen_parameter(inputs, monkeypatch):
+    """In every step, those after a validation included."""
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_and_note(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        seen.append(shapes(parameter for parameter in parameters if parameter.grad is not None))
+        return clip(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_note)
+    run = train_here(inputs, peft="elora", peft_rank=2)
+    assert seen == [shapes(run.adapter_tensors().values())] * 4
+
+
+# --- settings reach the model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate, gain", [("exp", np.exp(0.5)), ("residual", 1.5)])
+def test_the_gate_reaches_the_model(inputs, gate, gain):
+    adapter = reach_training(inputs, peft="mmea", peft_rank=2, peft_gate=gate)["model"].products[0].adapter
+    torch.nn.init.constant_(adapter.b2, 0.5)
+    features = torch.cat([torch.zeros(4), torch.ones(12)])  # scalars, which take no gain, and vectors
+    torch.testing.assert_close(adapter(features, features), gain * features)
+
+
+def test_alpha_and_rank_reach_the_model(inputs):
+    """An update is alpha / rank times a product of matrices, which is rank where they are of ones."""
+    linear = reach_training(inputs, peft="elora", peft_rank=2, peft_alpha=7)["model"].products[0].linear
+    for parameter in linear.adapter.parameters():
+        torch.nn.init.ones_(parameter)
+    torch.testing.assert_close(linear.adapter()["weight"], torch.full_like(linear.weight, 7.0))
+    assert all(min(parameter.shape) == 2 for parameter in linear.adapter.parameters())
+
+
+def test_init_std_reaches_the_model(inputs):
+    options = {"peft": "mmea", "peft_rank": 4, "peft_targets": "products.0"}
+    start = reach_training(inputs, **options)["model"].products[0].adapter.W0
+    shifted = reach_training(inputs, **options, peft_init_std=0.25)["model"].products[0].adapter.W0
+    twice = reach_training(inputs, **options, peft_init_std=0.5)["model"].products[0].adapter.W0
+    assert not start.any()
+    assert 0.1 < shifted.std() < 0.5
+    torch.testing.assert_close(twice, 2 * shifted)
+
+
+def test_patterns_reach_the_model(inputs):
+    model = reach_training(inputs, peft="elora", peft_rank=2, peft_targets="products.*.linear, readouts.0.*")["model"]
+    adapted = {name.split(".adapter.")[0] for name in trainable_parameters(model)}
+    assert adapted == {"products.0.linear", "products.1.linear", "readouts.0.linear"}
+
+
+def test_the_command_line_wins_over_the_yaml_file(inputs):
+    (inputs / "peft.yaml").write_text(yaml.safe_dump({"peft": "elora", "peft_rank": 2, "peft_alpha": 1}))
+    model = reach_training(inputs, f"--config={inputs / 'peft.yaml'}", peft_rank=3)["model"]
+    assert model.peft_config == PeftConfig("elora", rank=3, alpha=1.0)
+
+
+@pytest.mark.parametrize("name", ["mmea-published", "elora-published"])
+def test_adapters_have_the_dtype_of_the_run(inputs, name):
+    model = reach_training(inputs, default_dtype="float32", **CASES[name].peft)["model"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

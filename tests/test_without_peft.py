@@ -1,0 +1,62 @@
+"""Without ``--peft``, ``mace_run_train`` does what it does where mace-peft is not installed."""
+
+import json
+import re
+
+import pytest
+import torch
+from runs import NAME, SEED, Run, call, train, write_inputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Run]:
+    """The same fine-tune with and without the start-up hook."""
+    folders = [write_inputs(tmp_path_factory.mktemp("hook")), write_inputs(tmp_path_factory.mktemp("no_hook"))]
+    return [train(folder, "--swa", "--ema", start_swa=2, max_num_epochs=3, hook=hook)
+            for folder, hook in zip(folders, [True, False], strict=True)]
+
+
+def equal(first, second) -> bool:
+    """Whether nested dictionaries and lists hold the same values, and tensors of the same bits."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def test_both_succeed_and_leave_the_same_files(runs):
+    assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
+    with_hook, without = [{path.relative_to(run.folder) for path in run.folder.rglob("*")} for run in runs]
+    assert with_hook == without
+
+
+@pytest.mark.parametrize("stage_two", [False, True], ids=["stage_one", "stage_two"])
+def test_weights_are_the_same_to_the_last_bit(runs, stage_two):
+    assert equal(*[run.model(stage_two).state_dict() for run in runs])
+    assert equal(*[run.checkpoint(stage_two) for run in runs])
+
+
+def test_metrics_are_the_same(runs):
+    with_hook, without = [[{**line, "time": None} for line in run.metrics] for run in runs]
+    assert json.dumps(with_hook) == json.dumps(without)
+
+
+@pytest.mark.parametrize("log", [f"{NAME}_run-{SEED}.log", f"{NAME}_run-{SEED}_debug.log"])
+def test_logs_are_the_same_but_for_times_and_folders(runs, log):
+    """The debug log holds the options that MACE parsed."""
+    with_hook, without = [re.sub(r"^[-\d]+ [\d:.]+ ", "", (run.folder / "logs" / log).read_text(), flags=re.MULTILINE)
+                          .replace(str(run.folder), "folder").splitlines() for run in runs]
+    assert with_hook == without
+
+
+def test_help_lists_the_options_and_leaves_the_others_alone(tmp_path):
+    with_hook, without = [call(tmp_path, ["--help"], hook=hook) for hook in (True, False)]
+    assert (with_hook.returncode, without.returncode) == (0, 0)
+    options = [re.findall(r"^  (--\w+)", run.stdout, re.MULTILINE) for run in (with_hook, without)]
+    assert "--foundation_model" in options[1] and "--peft" not in options[1]
+    added = [option for option in options[0] if option not in options[1]]
+    assert [option for option in options[0] if option not in added] == options[1]
+    assert "--peft" in added and all(option.startswith("--peft") for option in added)
