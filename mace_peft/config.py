@@ -46,7 +46,10 @@ class PeftConfig:
         alpha = self.rank if self.alpha is None else self.alpha
         check_number("--peft_alpha", alpha, Real, lambda alpha: 0 < alpha < float("inf"), "a number above 0")
         check_number("--peft_init_std", self.init_std, Real, lambda std: 0 <= std < float("inf"), "a number from 0 up")
-        if not split_patterns(self.targets):
+        if not isinstance(self.train_also, (str, type(None))):
+            raise PeftError(f"--peft_train_also {self.train_also!r} is no text: use comma-separated glob patterns "
+                            "such as 'readouts.*'")
+        if not isinstance(self.targets, str) or not split_patterns(self.targets):
             raise PeftError(f"--peft_targets {self.targets!r} names no module: {describe_targets()}")
         # plain numbers, whatever number types came in: they go to JSON
         for name, value in {"rank": int(self.rank), "alpha": float(alpha), "init_std": float(self.init_std)}.items():

@@ -48,13 +48,15 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
 
 def adaptable_inside(model: nn.Module, adaptable: dict[type, type], wanted) -> Iterator[str]:
-    """Names of the adaptable modules that are wanted, or outermost inside a wanted module."""
+    """Names of the adaptable modules with weights that are wanted, or outermost inside a wanted module."""
     for name, module in model.named_modules():
         if name and wanted(name, module):
             yield from outermost(name, module, adaptable)
 
 
 def outermost(name: str, module: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:
+    if not any(parameter.numel() for parameter in module.parameters()):
+        return  # such as a linear layer between irreps that have none in common: it gives zeros
     if type(module) in adaptable:
         yield name
     else:

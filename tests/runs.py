@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -30,10 +31,13 @@ STAGES = {False: "", True: "_stagetwo"}
 torch.set_num_threads(1)  # models this small only lose by more
 
 
+default_foundation = functools.cache(tiny_mace)
+
+
 def write_inputs(folder: Path, molecule: str = MOLECULE, foundation: torch.nn.Module | None = None) -> Path:
     """Write the foundation and labelled data that ``arguments`` names; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    foundation = tiny_mace() if foundation is None else foundation
+    foundation = default_foundation() if foundation is None else foundation
     energies = foundation.atomic_energies_fn
     energies.atomic_energies = torch.atleast_2d(energies.atomic_energies)  # one row per head, as mace_run_train saves
     torch.save(foundation, folder / "foundation.model")

@@ -62,7 +62,7 @@ class LinearUpdate(Update):
 
     def forward(self) -> dict[str, Tensor]:
         updates = [(self.A[ir][rows] @ self.B[ir][:, columns]).flatten() for ir, rows, columns in self.paths]
-        return {"weight": self.scale * torch.cat(updates)}
+        return {"weight": self.scale * torch.cat(updates) if updates else torch.zeros(0)}
 
 
 class TensorProductUpdate(Update):
@@ -75,7 +75,7 @@ class TensorProductUpdate(Update):
 
     def forward(self) -> dict[str, Tensor]:
         updates = [(A @ B).flatten() for A, B in zip(self.A, self.B, strict=True)]
-        return {"weight": self.scale * torch.cat(updates)}
+        return {"weight": self.scale * torch.cat(updates) if updates else torch.zeros(0)}
 
 
 class ContractionUpdate(Update):
