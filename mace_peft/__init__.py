@@ -10,7 +10,9 @@ _PUBLIC = {
     "eject": "injection",
     "merge": "injection",
     "trainable_parameters": "injection",
+    "disable_adapter": "injection",
     "save_adapter": "storage",
+    "load_adapter": "storage",
 }
 __all__ = list(_PUBLIC)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from mace_peft.adapted import Adapted, LowRank
@@ -21,6 +23,8 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     """
     targets = check(model, config)
     model.peft_foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
+    model.peft_originals = {name: model.get_parameter(name).detach().clone() for name in
+                            find_parameters(model, config.train_also)}
     for name, adapted in targets.items():
         block = model.get_submodule(name)
         weight = next(block.parameters())
@@ -73,14 +77,44 @@ def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Take the adapters out: the base as it was, every parameter trainable. Returns the model.
+    """Take the adapters out: the base as it was, ``train_also`` included, every parameter trainable. Returns the model.
 
-    Parameters that trained along (``train_also``) keep the values they have. Raises PeftError if there is no adapter.
+    Raises PeftError if there is no adapter.
     """
     check_adapted(model)
+    exchange(model)
     for _, block in adapted_blocks(model):
         remove_adapter(block)
     return forget(model)
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The base's predictions for a while: ``with disable_adapter(model): ...``.
+
+    Raises PeftError if there is no adapter.
+    """
+    check_adapted(model)
+    blocks = [(block, type(block)) for _, block in adapted_blocks(model)]
+    try:
+        exchange(model)
+        for block, adapted in blocks:
+            block.__class__ = adapted.__bases__[-1]
+        yield model
+    finally:
+        for block, adapted in blocks:
+            block.__class__ = adapted
+        exchange(model)
+
+
+@torch.no_grad()
+def exchange(model: nn.Module) -> None:
+    """Swap the parameters that trained along with what they were before."""
+    for name, original in model.peft_originals.items():
+        parameter = model.get_parameter(name)
+        trained = parameter.clone()
+        parameter.copy_(original)
+        original.copy_(trained)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -112,7 +146,7 @@ def remove_adapter(block: Adapted) -> None:
 
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is plain MACE again."""
-    for name in ("peft_config", "peft_foundation"):
+    for name in ("peft_config", "peft_foundation", "peft_originals"):
         vars(model).pop(name, None)
     return model.requires_grad_(True)
 

@@ -9,11 +9,15 @@ from pathlib import Path
 import e3nn
 import mace
 import torch
-from safetensors.torch import save
+from mace.tools.scripts_utils import remove_pt_head
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 import mace_peft
-from mace_peft.injection import trainable_parameters
+from mace_peft.config import PeftConfig, PeftError
+from mace_peft.foundation import rebuild
+from mace_peft.injection import eject, fingerprint, inject, is_adapted, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -66,3 +70,78 @@ def describe(model: nn.Module) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {package.__name__: package.__version__ for package in (mace_peft, mace, e3nn, torch)},
     }
+
+
+def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """The trained model: the foundation with the adapter of the directory, all but its adapters frozen.
+
+    The foundation may have another dtype or device than in training. It is adapted in place where the adapter was
+    trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
+    foundation that has an adapter already swaps it for this one. No code from the directory runs.
+
+    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights; then the
+    foundation stays as it was.
+    """
+    directory = Path(directory)
+    description, tensors = read(directory)
+    origin, config = description["foundation"], PeftConfig(**description["peft"])
+    held = foundation.peft_foundation["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
+    if held != origin["fingerprint"]:
+        raise PeftError(f"{directory} was trained from a foundation ({origin['name']}) whose weights differ from the "
+                        f"one given (fingerprints {origin['fingerprint'][:12]} and {held[:12]}): give that foundation")
+    model = base_of(foundation, description)
+    inject(model, config, origin)
+    trainable = trainable_parameters(model)
+    unknown, missing = sorted(set(tensors) - set(trainable)), sorted(set(trainable) - set(tensors))
+    if unknown or missing:
+        eject(model)
+        raise PeftError(f"{directory / TENSOR_FILE} does not fit its settings (unknown: {', '.join(unknown) or 'none'};"
+                        f" missing: {', '.join(missing) or 'none'}): save or copy the adapter again")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def base_of(foundation: nn.Module, description: dict) -> nn.Module:
+    """The foundation with the elements, heads, E0s, scale and shift of the description: itself where these are its own.
+
+    Raises PeftError where an adapted foundation would have to become another model.
+    """
+    elements, heads = description["elements"], description["heads"]
+    own = foundation.atomic_numbers.tolist() == elements and list(foundation.heads) == heads
+    if is_adapted(foundation):
+        if not own:
+            raise PeftError("the adapter was trained for other elements or heads than the one that it would replace: "
+                            "load it onto the foundation")
+        model = eject(foundation)
+    elif own:
+        model = foundation
+    else:
+        if len(foundation.heads) > 1:
+            foundation = remove_pt_head(foundation, description["foundation"].get("head"))
+        model = rebuild(foundation, elements, heads, description["E0s"])
+    numbers = {"E0s": model.atomic_energies_fn.atomic_energies, "scale": model.scale_shift.scale,
+               "shift": model.scale_shift.shift}
+    for name, buffer in numbers.items():
+        buffer.copy_(torch.tensor(description[name], dtype=torch.float64).reshape(buffer.shape))
+    return model
+
+
+def read(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The settings and the tensors of an adapter directory.
+
+    Raises PeftError if a file is missing or broken.
+    """
+    try:
+        description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load((directory / TENSOR_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise PeftError(f"{directory} is no adapter directory, for {Path(error.filename).name} is missing: give the "
+                        "NAME_adapter directory that a run left") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PeftError(f"the adapter in {directory} cannot be read ({error}): save or copy it again") from None
+    absent = {"peft", "foundation", "elements", "heads", "E0s", "scale", "shift"} - set(description)
+    if absent:
+        raise PeftError(f"{directory / CONFIG_FILE} lacks {', '.join(sorted(absent))}: save the adapter again")
+    return description, tensors

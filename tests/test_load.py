@@ -1,0 +1,119 @@
+"""Foundation file + adapter directory is the trained model."""
+
+import json
+
+import pytest
+import torch
+from tiny import configurations, predict, tiny_mace
+
+from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft.foundation import rebuild
+from mace_peft.injection import fingerprint, trainable_parameters
+
+STRUCTURES = configurations(3)
+
+
+def randomise(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+    return model
+
+
+def same(one, other, tolerance=1e-10):
+    return all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance) for a, b in
+               zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("targets", ["products", "linears", "published"])
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_foundation_and_directory_give_the_trained_model(tmp_path, method, targets, narrowed):
+    foundation = tiny_mace(elements=(1, 6, 7, 8))
+    model = tiny_mace(elements=(1, 6, 7, 8))
+    origin = {"name": "tiny", "head": None, "fingerprint": fingerprint(foundation)}
+    if narrowed:
+        model = rebuild(model, [1, 6, 8], ["Default"], [[-13.0, -1000.0, -2000.0]])
+    else:
+        model.atomic_energies_fn.atomic_energies.mul_(3.0)
+    trained = randomise(inject(model, PeftConfig(method, rank=2, targets=targets), origin))
+    save_adapter(trained, tmp_path / "a")
+    loaded = load_adapter(foundation, tmp_path / "a")
+    assert same(predict(trained, STRUCTURES), predict(loaded, STRUCTURES))
+    assert narrowed or loaded is foundation
+
+
+def test_two_heads(tmp_path):
+    foundation = tiny_mace()
+    origin = {"name": "tiny", "head": None, "fingerprint": fingerprint(foundation)}
+    model = rebuild(tiny_mace(), [1, 6, 8], ["a", "b"], [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    trained = randomise(inject(model, PeftConfig("mmea", rank=2, train_also="readouts.*"), origin))
+    save_adapter(trained, tmp_path / "a")
+    loaded = load_adapter(foundation, tmp_path / "a")
+    assert loaded.heads == ["a", "b"]
+    assert same(predict(trained, STRUCTURES), predict(loaded, STRUCTURES))
+
+
+def test_a_float32_foundation_takes_an_adapter_of_a_float64_one(tmp_path):
+    trained = randomise(inject(tiny_mace(), PeftConfig("elora", rank=2)))
+    save_adapter(trained, tmp_path / "a")
+    loaded = load_adapter(tiny_mace().float(), tmp_path / "a")
+    assert next(loaded.parameters()).dtype == torch.float32
+    assert same(predict(trained, STRUCTURES), predict(loaded, STRUCTURES), 1e-4)
+
+
+def test_another_adapter_swaps_the_one_that_is_there(tmp_path):
+    expected = {}
+    for name, config in {"m": PeftConfig("mmea", rank=2, train_also="readouts.*"),
+                         "e": PeftConfig("elora", rank=3, targets="linears")}.items():
+        trained = randomise(inject(tiny_mace(), config))
+        save_adapter(trained, tmp_path / name)
+        expected[name] = predict(trained, STRUCTURES)
+    model = foundation = tiny_mace()
+    for name in "mem":
+        model = load_adapter(model, tmp_path / name)
+        assert model is foundation
+        assert same(predict(model, STRUCTURES), expected[name])
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_switched_off_and_ejected_it_is_the_base(method):
+    base = predict(tiny_mace(), STRUCTURES)
+    model = randomise(inject(tiny_mace(), PeftConfig(method, rank=2, train_also="readouts.*")))
+    adapted = predict(model, STRUCTURES)
+    with disable_adapter(model):
+        assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), base, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), adapted, strict=True))
+    assert not torch.equal(adapted[0], base[0])
+    eject(model)
+    assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), base, strict=True))
+
+
+def test_other_weights_are_refused_and_left_alone(tmp_path):
+    save_adapter(inject(tiny_mace(), PeftConfig("mmea", rank=2)), tmp_path / "a")
+    other = tiny_mace(seed=5)
+    with pytest.raises(PeftError, match="weights differ"):
+        load_adapter(other, tmp_path / "a")
+    assert not hasattr(other, "peft_config")
+
+
+def test_broken_directories_are_refused(tmp_path):
+    with pytest.raises(PeftError, match="missing"):
+        load_adapter(tiny_mace(), tmp_path)
+    directory = save_adapter(inject(tiny_mace(), PeftConfig("mmea", rank=2)), tmp_path / "a")
+    settings = directory / "adapter_config.json"
+    text = settings.read_text()
+    description = json.loads(text)
+    description["peft"]["targets"] = "linears"
+    settings.write_text(json.dumps(description))
+    with pytest.raises(PeftError, match="does not fit"):
+        load_adapter(tiny_mace(), directory)
+    settings.write_text(text[: len(text) // 2])
+    with pytest.raises(PeftError, match="cannot be read"):
+        load_adapter(tiny_mace(), directory)
+    settings.write_text(text)
+    tensors = directory / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(PeftError, match="cannot be read"):
+        load_adapter(tiny_mace(), directory)
