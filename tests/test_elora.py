@@ -398,8 +398,10 @@ def test_gradients_reach_both_factors(name):
         assert parameter.grad is not None and parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("update", [LinearUpdate("3x0e", "2x1o", [], RANK, ALPHA), TensorProductUpdate([], RANK, ALPHA)],
-                         ids=lambda update: type(update).__name__)
+@pytest.mark.parametrize("update", [
+    LinearUpdate("3x0e", "2x1o", [], RANK, ALPHA),
+    TensorProductUpdate([], RANK, ALPHA),
+], ids=lambda update: type(update).__name__)
 def test_an_operation_without_weights_gets_no_update(update):
     assert not list(update.parameters())
     assert not any(values.numel() for values in update().values())

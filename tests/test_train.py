@@ -33,7 +33,7 @@ from runs import (
 )
 from tiny import configurations, predict
 
-from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
 from mace_peft.injection import fingerprint
 from mace_peft.targets import find_targets, unit
 
@@ -165,6 +165,14 @@ def test_the_adapter_directory_holds_the_settings_and_what_trained(finished, nam
     checkpoint, tensors = run.checkpoint(stage_two)["model"], run.adapter_tensors(stage_two)
     assert {key for key in checkpoint if ".adapter." in key} == {key for key in tensors if ".adapter." in key}
     assert all(torch.equal(tensor, checkpoint[key]) for key, tensor in tensors.items())
+
+
+@every_stage()
+def test_the_foundation_and_the_adapter_directory_give_the_trained_model(finished, name, stage_two):
+    run = finished(name)
+    foundation = torch.load(run.folder / "foundation.model", weights_only=False)
+    loaded = predict(load_adapter(foundation, run.adapter(stage_two)), unseen(name))
+    torch.testing.assert_close(loaded, predict(run.model(stage_two), unseen(name)), rtol=1e-10, atol=1e-10)
 
 
 @every_stage()
