@@ -27,7 +27,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
         self.config = config
         self.lbfgs = options.lbfgs
         self.stage_two = False
-        if not options.restart_latest:
+        if not options.restart_latest and not options.dry_run:
             self.io.set_earlier_aside()
 
     def save(self, state: CheckpointState, epochs: int, keep_last: bool = False) -> None:

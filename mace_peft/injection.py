@@ -79,7 +79,7 @@ def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -
 def eject(model: nn.Module) -> nn.Module:
     """Take the adapters out: the base as it was, ``train_also`` included, every parameter trainable. Returns the model.
 
-    Raises PeftError if there is no adapter.
+    Updates that ``fold`` has put into the weights stay there. Raises PeftError if there is no adapter.
     """
     check_adapted(model)
     exchange(model)

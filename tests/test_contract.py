@@ -16,7 +16,7 @@ from mace.calculators import MACECalculator
 from mace.tools.scripts_utils import extract_config_mace_model
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, eject, inject, merge, trainable_parameters
+from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, merge, trainable_parameters
 from mace_peft.injection import fold, is_adapted
 
 # a composite, an adapter around adapters, a single module
@@ -109,15 +109,20 @@ def assert_close(actual, expected, tolerance=1e-10):
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-def shape(model):
-    """Class and attributes of every module but the code that e3nn and torch generate, which changes with a copy."""
-    return {key: (type(module), sorted(vars(module))) for key, module in model.named_modules()
-            if not isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule)}
+def assert_same_shape(model, original):
+    """The same modules, of the same classes, with the same attributes.
+
+    But for the code that e3nn and torch generate: it changes with a copy.
+    """
+    generated = (torch.jit.ScriptModule, torch.fx.GraphModule)
+    shape, expected = ({key: (type(module), sorted(vars(module))) for key, module in either.named_modules()
+                        if not isinstance(module, generated)} for either in (model, original))
+    assert shape == expected
 
 
 def assert_same_modules(model, original):
-    """The same modules, of the same classes, with the same attributes, and the same state to the last bit."""
-    assert shape(model) == shape(original)
+    """The same modules and the same state, to the last bit."""
+    assert_same_shape(model, original)
     assert {key: p.requires_grad for key, p in model.named_parameters()} == {
         key: p.requires_grad for key, p in original.named_parameters()}
     assert_same_state(model.state_dict(), original.state_dict())
@@ -333,12 +338,28 @@ def test_an_ejected_model_can_be_adapted_again(case):
     assert_equal(settled(model), base_prediction(*case[2:]))
 
 
-def test_parameters_that_trained_along_keep_their_values_when_ejected():
+def test_eject_restores_the_parameters_that_trained_along():
     model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, train_also="readouts.0.*"))
+    original = shared_base(*EVERY[0][2:])
+    assert not torch.equal(randomise(model).readouts[0].linear.weight, original.readouts[0].linear.weight)
+    assert_same_modules(eject(model), original)
+
+
+def test_merge_keeps_the_parameters_that_trained_along():
+    model = inject(base(EVERY[0]), PeftConfig("elora", rank=2, train_also="readouts.0.*"))
     weight = randomise(model).readouts[0].linear.weight.detach().clone()
-    eject(model)
-    assert torch.equal(model.readouts[0].linear.weight, weight)
-    assert not torch.equal(weight, base(EVERY[0]).readouts[0].linear.weight)
+    assert torch.equal(merge(model).readouts[0].linear.weight, weight)
+    assert_same_shape(model, shared_base(*EVERY[0][2:]))
+
+
+@over(ONE_MODEL)
+def test_switched_off_it_is_the_base_until_switched_on_again(case):
+    model = adapted(case)
+    with pytest.raises(KeyError), disable_adapter(model):
+        assert_equal(settled(model), base_prediction(*case[2:]))
+        raise KeyError
+    assert_same_modules(model, shared(case))
+    assert_equal(settled(model), prediction(case))
 
 
 @over([case for case in EVERY if case[0] == "elora"])

@@ -196,3 +196,8 @@ def test_a_fresh_run_uses_no_checkpoint_of_an_earlier_one_and_leaves_those_of_ot
     tensors = run.adapter_tensors()
     assert all(torch.equal(tensor, made["model"][key]) for key, tensor in tensors.items())
     assert run.adapter_config()["peft"]["rank"] == (PEFT | other)["peft_rank"]
+
+
+def test_a_dry_run_leaves_the_checkpoints_for_a_restart(killed, folder):
+    train_here(folder, "--dry_run", **PEFT, **OPTIONS)
+    assert Run(folder).checkpoints().keys() == killed.checkpoints().keys()
