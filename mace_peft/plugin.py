@@ -1,7 +1,7 @@
 """mace-peft inside ``mace_run_train``: the only module that knows the seams of ``mace.cli.run_train``.
 
 ``install`` wraps two names: the parser, and ``run``. A run without ``--peft`` is MACE's own. A run with ``--peft``
-replaces, while it lasts, the names in ``REPLACED`` by the methods of ``FineTune``.
+replaces, while it lasts, a few names of run_train by the methods of ``FineTune``.
 """
 
 from __future__ import annotations
