@@ -9,7 +9,7 @@ import os
 import torch
 from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState
 
-from mace_peft.config import PeftConfig, PeftError
+from mace_peft.config import PeftConfig, PeftError, one_line
 from mace_peft.injection import trainable_parameters
 from mace_peft.options import stop
 
@@ -42,7 +42,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
             return None
         try:
             checkpoint, epochs = self.io.load(path, device=device)
-        except Exception as error:
+        except Exception as error:  # a damaged file fails in many ways
             stop(PeftError(f"the checkpoint {path} cannot be read ({one_line(error)}): delete it to restart from the "
                            "one before, or from the start"))
         try:
@@ -98,7 +98,3 @@ class CompleteCheckpointIO(CheckpointIO):
         if not self.keep and self.old_path not in (None, path) and not keep_last:
             os.remove(self.old_path)
         self.old_path = path
-
-
-def one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"

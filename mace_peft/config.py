@@ -87,6 +87,11 @@ def describe_targets() -> str:
     return f"use {', '.join(PLACEMENTS)}, or glob patterns over module names such as 'interactions.*.linear'"
 
 
+def one_line(error: Exception) -> str:
+    """What another package's error says, short and without line breaks, to go into a PeftError."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+
+
 def did_you_mean(value: str, names: Iterable[str]) -> str:
     """', did you mean ...?' for the names close to value, or nothing."""
     close = difflib.get_close_matches(value, list(names), n=3, cutoff=0.5)

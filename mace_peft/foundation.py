@@ -11,7 +11,7 @@ from mace.tools.finetuning_utils import load_foundations_elements
 from mace.tools.scripts_utils import extract_config_mace_model
 from torch import nn
 
-from mace_peft.config import PeftError
+from mace_peft.config import PeftError, one_line
 
 
 def load_foundation(name: str, dtype: str) -> nn.Module:
@@ -25,9 +25,8 @@ def load_foundation(name: str, dtype: str) -> nn.Module:
         raise PeftError(f"--foundation_model {name} is neither a file nor a name that MACE knows: check the path, or "
                         "use a name such as small, medium_off or mace_omol") from None
     except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise PeftError(f"--foundation_model {name} cannot be loaded ({cause:.200}): give the .model file of a MACE "
-                        "model") from error
+        raise PeftError(f"--foundation_model {name} cannot be loaded ({one_line(error)}): give the .model file of a "
+                        "MACE model") from error
     if isinstance(model, torch.jit.ScriptModule):
         raise PeftError(f"--foundation_model {name} is compiled to TorchScript, which cannot be trained: give the "
                         ".model file that it was compiled from")

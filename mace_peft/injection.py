@@ -17,9 +17,10 @@ from mace_peft.targets import find_parameters, find_targets
 def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None) -> nn.Module:
     """Adapt the model and freeze everything but its adapters and ``config.train_also``. Returns the model.
 
-    The adapters have the dtype and device of the blocks they adapt. The settings stay with the model as
-    ``model.peft_config``, and what they start from as ``model.peft_foundation``: ``{"name", "fingerprint"}``, by
-    default those of the model itself. Raises PeftError, and leaves the model as it was, where ``check`` does.
+    The adapters have the dtype and device of the blocks they adapt. With the model stay ``peft_config``, the settings;
+    ``peft_foundation``, what it started from (``{"name", "fingerprint"}``, by default of the model itself); and
+    ``peft_originals``, the parameters of ``train_also`` as they were. Raises PeftError, and leaves the model as it was,
+    where ``check`` does.
     """
     targets = check(model, config)
     model.peft_foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
@@ -174,5 +175,5 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     check_adapted(model)
     names = {f"{name}.adapter.{key}" for name, block in adapted_blocks(model) for key, _ in
              block.adapter.named_parameters()}
-    names.update(find_parameters(model, model.peft_config.train_also))
+    names.update(model.peft_originals)
     return {name: parameter for name, parameter in model.named_parameters() if name in names}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mace_peft.checkpoints import AdapterCheckpointHandler
-from mace_peft.config import PeftConfig, PeftError
+from mace_peft.config import PeftConfig, PeftError, one_line
 from mace_peft.injection import fold, freeze, inject, trainable_parameters
 from mace_peft.options import adapter_directory, add_options, check_run, read_config, stop
 from mace_peft.report import summary
@@ -52,7 +52,7 @@ def install(run_train: types.ModuleType) -> None:
 
 
 class FineTune:
-    """One run with ``--peft``: each method but the first two stands in for the name of run_train that it has."""
+    """One run with ``--peft``: its methods stand in for names of run_train, see ``replaced_names``."""
 
     def __init__(self, run_train: types.ModuleType, args, config: PeftConfig, foundation: dict[str, str]):
         self.original = types.SimpleNamespace(**vars(run_train))
@@ -132,7 +132,7 @@ class FineTune:
         try:
             return self.original.jit.compile(model)
         except Exception as error:
-            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({error})")
+            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
             raise
 
 

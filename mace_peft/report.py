@@ -16,13 +16,12 @@ def summary(model: nn.Module) -> str:
     A radial MLP and a set of symmetric contractions have one row each. Raises PeftError if there is no adapter.
     """
     trainable = trainable_parameters(model)
-    adapters = {name: block for name, block in adapted_blocks(model)}
+    adapters = dict(adapted_blocks(model))
     rows: dict[tuple[str, str], int] = {}
     for name, block in adapters.items():
         row = (unit(model, name), "low-rank update" if isinstance(block, LowRank) else "gate")
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
-    own = {f"{name}.adapter.{key}" for name, block in adapters.items() for key, _ in block.adapter.named_parameters()}
-    rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items() if name not in own})
+    rows.update({(name, "itself"): trainable[name].numel() for name in model.peft_originals})
     base = count(model.parameters()) - sum(count(block.adapter.parameters()) for block in adapters.values())
 
     table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")

@@ -79,12 +79,16 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
     foundation that has an adapter already swaps it for this one. No code from the directory runs.
 
-    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights; then the
-    foundation stays as it was.
+    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights.
     """
     directory = Path(directory)
     description, tensors = read(directory)
-    origin, config = description["foundation"], PeftConfig(**description["peft"])
+    origin = description["foundation"]
+    try:
+        config = PeftConfig(**description["peft"])
+    except TypeError as error:
+        raise PeftError(f"{directory / CONFIG_FILE} has settings that this mace-peft does not know ({error}): use the "
+                        "version that saved it, or a newer one") from None
     held = foundation.peft_foundation["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
     if held != origin["fingerprint"]:
         raise PeftError(f"{directory} was trained from a foundation ({origin['name']}) whose weights differ from the "
@@ -92,11 +96,12 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     model = base_of(foundation, description)
     inject(model, config, origin)
     trainable = trainable_parameters(model)
-    unknown, missing = sorted(set(tensors) - set(trainable)), sorted(set(trainable) - set(tensors))
-    if unknown or missing:
+    shapes, wanted = ({name: tuple(t.shape) for name, t in given.items()} for given in (tensors, trainable))
+    if shapes != wanted:
         eject(model)
-        raise PeftError(f"{directory / TENSOR_FILE} does not fit its settings (unknown: {', '.join(unknown) or 'none'};"
-                        f" missing: {', '.join(missing) or 'none'}): save or copy the adapter again")
+        odd = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise PeftError(f"{directory / TENSOR_FILE} does not fit its settings (missing, unknown or of another shape: "
+                        f"{', '.join(odd)}): save or copy the adapter again")
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
@@ -29,9 +28,11 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     Raises PeftError if the placement or a pattern finds nothing to adapt in this model.
     """
     adaptable = ADAPTED[config.method]
+    modules = {name: module for name, module in model.named_modules() if name}
     if config.targets in PLACEMENTS:
         classes = PLACEMENT_CLASSES[config.targets]
-        found = set(adaptable_inside(model, adaptable, lambda _, module: isinstance(module, classes)))
+        wanted = [name for name, module in modules.items() if isinstance(module, classes)]
+        found = adaptable_inside(model, adaptable, wanted)
         if not found:
             names = ", ".join(sorted({cls.__name__ for cls in classes}))
             raise PeftError(f"--peft_targets {config.targets!r} needs {names}, and {type(model).__name__} has none: "
@@ -39,19 +40,17 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     else:
         found = set()
         for pattern in split_patterns(config.targets):
-            wanted = functools.partial(lambda pattern, name, _: fnmatchcase(name, pattern), pattern)
-            matched = set(adaptable_inside(model, adaptable, wanted))
+            wanted = [name for name in modules if fnmatchcase(name, pattern)]
+            matched = adaptable_inside(model, adaptable, wanted)
             if not matched:
                 raise PeftError(no_match(model, pattern, config))
             found |= matched
-    return {name: adaptable[type(module)] for name, module in model.named_modules() if name in found}
+    return {name: adaptable[type(module)] for name, module in modules.items() if name in found}
 
 
-def adaptable_inside(model: nn.Module, adaptable: dict[type, type], wanted) -> Iterator[str]:
+def adaptable_inside(model: nn.Module, adaptable: dict[type, type], wanted: list[str]) -> set[str]:
     """Names of the adaptable modules with weights that are wanted, or outermost inside a wanted module."""
-    for name, module in model.named_modules():
-        if name and wanted(name, module):
-            yield from outermost(name, module, adaptable)
+    return {found for name in wanted for found in outermost(name, model.get_submodule(name), adaptable)}
 
 
 def outermost(name: str, module: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:

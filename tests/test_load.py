@@ -109,6 +109,15 @@ def test_broken_directories_are_refused(tmp_path):
     settings.write_text(json.dumps(description))
     with pytest.raises(PeftError, match="does not fit"):
         load_adapter(tiny_mace(), directory)
+    description = json.loads(text)
+    description["peft"]["rank"] = 1
+    settings.write_text(json.dumps(description))
+    with pytest.raises(PeftError, match="of another shape: products.0.adapter.W0"):
+        load_adapter(tiny_mace(), directory)
+    description["peft"]["novelty"] = 1
+    settings.write_text(json.dumps(description))
+    with pytest.raises(PeftError, match="novelty"):
+        load_adapter(tiny_mace(), directory)
     settings.write_text(text[: len(text) // 2])
     with pytest.raises(PeftError, match="cannot be read"):
         load_adapter(tiny_mace(), directory)
