@@ -9,10 +9,11 @@ _PUBLIC = {
     "inject": "injection",
     "eject": "injection",
     "merge": "injection",
-    "trainable_parameters": "injection",
+    "trainable_parameters": "models",
     "disable_adapter": "injection",
     "save_adapter": "storage",
-    "load_adapter": "storage",
+    "load_adapter": "loading",
+    "calculator": "deploy",
 }
 __all__ = list(_PUBLIC)
 

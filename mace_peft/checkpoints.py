@@ -10,7 +10,7 @@ import torch
 from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState
 
 from mace_peft.config import PeftConfig, PeftError, one_line
-from mace_peft.injection import trainable_parameters
+from mace_peft.models import trainable_parameters
 from mace_peft.options import stop
 
 

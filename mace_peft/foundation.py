@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from mace.calculators import foundations_models
 from mace.tools import AtomicNumberTable
 from mace.tools.finetuning_utils import load_foundations_elements
@@ -22,19 +25,19 @@ def load_foundation(name: str, dtype: str) -> nn.Module:
     try:
         model = load_by_name(name, dtype)
     except FileNotFoundError:
-        raise PeftError(f"--foundation_model {name} is neither a file nor a name that MACE knows: check the path, or "
+        raise PeftError(f"foundation model {name} is neither a file nor a name that MACE knows: check the path, or "
                         "use a name such as small, medium_off or mace_omol") from None
     except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
-        raise PeftError(f"--foundation_model {name} cannot be loaded ({one_line(error)}): give the .model file of a "
+        raise PeftError(f"foundation model {name} cannot be loaded ({one_line(error)}): give the .model file of a "
                         "MACE model") from error
     if isinstance(model, torch.jit.ScriptModule):
-        raise PeftError(f"--foundation_model {name} is compiled to TorchScript, which cannot be trained: give the "
+        raise PeftError(f"foundation model {name} is compiled to TorchScript, which cannot be trained: give the "
                         ".model file that it was compiled from")
     if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
-        raise PeftError(f"--foundation_model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
+        raise PeftError(f"foundation model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
                         "file that mace_run_train wrote")
     if "error" in extract_config_mace_model(model):
-        raise PeftError(f"--foundation_model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
+        raise PeftError(f"foundation model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
                         "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
     return model
 
@@ -53,6 +56,11 @@ def load_by_name(name: str, dtype: str) -> nn.Module:
     return torch.load(name, map_location="cpu", weights_only=False)
 
 
+def symbols(elements: Iterable[int]) -> str:
+    """The elements (atomic numbers) as a text of chemical symbols."""
+    return " ".join(chemical_symbols[element] for element in sorted(elements))
+
+
 def rebuild(
     foundation: nn.Module, elements: list[int], heads: list[str], atomic_energies: list[list[float]]
 ) -> nn.Module:
@@ -61,10 +69,10 @@ def rebuild(
     ``mace_run_train`` makes such a model before it trains: the same functions of MACE do it here, so that the numbers
     are the same. It has the foundation's dtype and device. Raises PeftError if the foundation lacks an element.
     """
-    missing = sorted(set(elements) - set(foundation.atomic_numbers.tolist()))
+    missing = set(elements) - set(foundation.atomic_numbers.tolist())
     if missing:
-        raise PeftError(f"the foundation does not know the elements {missing} (atomic numbers) that the adapter was "
-                        "trained for: use the foundation that it was trained from")
+        raise PeftError(f"the foundation does not know {symbols(missing)}, which the adapter was trained for: use the "
+                        "foundation that it was trained from")
     weight = next(foundation.parameters())
     before = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)

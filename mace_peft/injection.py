@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -11,27 +12,28 @@ from torch import nn
 
 from mace_peft.adapted import Adapted, LowRank
 from mace_peft.config import PeftConfig, PeftError
+from mace_peft.models import (
+    adapt,
+    adapted_blocks,
+    check_adapted,
+    check_backend,
+    is_adapted,
+    plain_class,
+    settle,
+    trainable_parameters,
+)
 from mace_peft.targets import find_parameters, find_targets
 
 
 def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None) -> nn.Module:
     """Adapt the model and freeze everything but its adapters and ``config.train_also``. Returns the model.
 
-    The adapters have the dtype and device of the blocks they adapt. With the model stay ``peft_config``, the settings;
-    ``peft_foundation``, what it started from (``{"name", "fingerprint"}``, by default of the model itself); and
-    ``peft_originals``, the parameters of ``train_also`` as they were. Raises PeftError, and leaves the model as it was,
-    where ``check`` does.
+    The adapters have the dtype and device of the blocks they adapt. ``foundation`` says what the model started from
+    (``{"name", "head", "fingerprint"}``), by default the model itself. Raises PeftError where ``check`` does, and then
+    leaves the model as it was.
     """
-    targets = check(model, config)
-    model.peft_foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
-    model.peft_originals = {name: model.get_parameter(name).detach().clone() for name in
-                            find_parameters(model, config.train_also)}
-    for name, adapted in targets.items():
-        block = model.get_submodule(name)
-        weight = next(block.parameters())
-        block.adapter = adapted.make_adapter(block, config).to(weight.device, weight.dtype)
-        block.__class__ = adapted
-    model.peft_config = config
+    check(model, config)
+    adapt(model, config, foundation or {"name": None, "fingerprint": fingerprint(model)})
     return freeze(model)
 
 
@@ -44,9 +46,17 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's parameters by name, rounded to float32: the same for its float64 and float32 file."""
+    """SHA-256 of the parameters by name, rounded to float32: the same for a model's float64 and float32 file.
+
+    Of an adapted model it is that of its base: without the adapters, and with ``train_also`` as it was before.
+    """
+    parameters = dict(model.named_parameters())
+    if is_adapted(model):
+        for name in trainable_parameters(model):
+            del parameters[name]
+        parameters |= known_originals(model)
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(parameters.items()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -60,9 +70,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     """
     if is_adapted(model):
         raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
-    if getattr(getattr(model, "cueq_config", None), "enabled", False):
-        raise PeftError("the model is built for cuEquivariance, whose layers are not adapted yet: convert it with "
-                        "mace_cueq_to_e3nn first")
+    check_backend(model)
     targets = find_targets(model, config)
     find_parameters(model, config.train_also)
     check_rank(model, targets, config)
@@ -97,8 +105,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     check_adapted(model)
     blocks = [(block, type(block)) for _, block in adapted_blocks(model)]
+    exchange(model)
     try:
-        exchange(model)
         for block, adapted in blocks:
             block.__class__ = adapted.__bases__[-1]
         yield model
@@ -111,11 +119,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def exchange(model: nn.Module) -> None:
     """Swap the parameters that trained along with what they were before."""
-    for name, original in model.peft_originals.items():
+    for name, original in known_originals(model).items():
         parameter = model.get_parameter(name)
         trained = parameter.clone()
         parameter.copy_(original)
         original.copy_(trained)
+
+
+def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of ``train_also`` as they were before. Raises PeftError if that is lost, see ``AdaptedModel``."""
+    unknown = [name for name, original in model.peft_originals.items() if original is None]
+    if unknown:
+        raise PeftError(f"{unknown[0]} trained along, and its value before is not in this model, which MACE rebuilt "
+                        "from another: load the adapter onto its foundation instead")
+    return model.peft_originals
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -132,12 +149,21 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold what can be folded, which is every low-rank update, and leave the gates. Returns the model."""
-    for _, block in adapted_blocks(model):
-        if isinstance(block, LowRank):
-            block.fold()
-            remove_adapter(block)
-    return model if any(adapted_blocks(model)) else forget(model)
+    """Fold what can be folded, which is every low-rank update, and leave the gates. Returns the model.
+
+    Gates that stay have a new base then, and the model's settings name them.
+    """
+    updates = [block for _, block in adapted_blocks(model) if isinstance(block, LowRank)]
+    for block in updates:
+        block.fold()
+        remove_adapter(block)
+    gates = [name for name, _ in adapted_blocks(model)]
+    if not gates:
+        return forget(model)
+    if updates:
+        config = dataclasses.replace(model.peft_config, targets=",".join(gates))
+        settle(model, config, {"name": None, "fingerprint": fingerprint(model)})
+    return model
 
 
 def remove_adapter(block: Adapted) -> None:
@@ -147,33 +173,6 @@ def remove_adapter(block: Adapted) -> None:
 
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is plain MACE again."""
-    for name in ("peft_config", "peft_foundation", "peft_originals"):
-        vars(model).pop(name, None)
+    del model.peft_originals
+    model.__class__ = plain_class(model)
     return model.requires_grad_(True)
-
-
-def is_adapted(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
-
-
-def check_adapted(model: nn.Module) -> None:
-    if not is_adapted(model):
-        raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
-
-
-def adapted_blocks(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """The adapted blocks by name; safe to change while looping."""
-    yield from [(name, module) for name, module in model.named_modules() if isinstance(module, Adapted)]
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a fine-tune trains, by name: all parameters of the adapters and those of ``train_also``.
-
-    Derived from the model's structure, not from ``requires_grad``, which MACE switches while it evaluates. Freezing,
-    counting, the optimizer, the EMA and saving all come from here. Raises PeftError if the model has no adapters.
-    """
-    check_adapted(model)
-    names = {f"{name}.adapter.{key}" for name, block in adapted_blocks(model) for key, _ in
-             block.adapter.named_parameters()}
-    names.update(model.peft_originals)
-    return {name: parameter for name, parameter in model.named_parameters() if name in names}

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from mace_peft.config import PeftConfig, PeftError
-from mace_peft.foundation import load_foundation
-from mace_peft.injection import check, fingerprint, is_adapted
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -22,6 +20,7 @@ OPTIONS = {
     "peft_gate": "gain of MMEA: exp or residual (default: exp)",
     "peft_init_std": "std of MMEA's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
+    "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
 }
 
 # options of MACE that cannot go with --peft, and why
@@ -44,8 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def read_config(args: argparse.Namespace) -> PeftConfig | None:
-    """The settings that the options ask for, or None without ``--peft``.
+def read_settings(args: argparse.Namespace) -> dict | None:
+    """The settings that are given, by their names in PeftConfig, and ``adapter``; None without ``--peft``.
 
     Raises PeftError for values that cannot be used.
     """
@@ -58,11 +57,12 @@ def read_config(args: argparse.Namespace) -> PeftConfig | None:
     for name in ("peft_gate", "peft_init_std"):
         if name in given and given["peft"] == "elora":
             raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates: leave it out")
-    values = {name.removeprefix("peft_"): value for name, value in given.items() if name != "peft"}
+    settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
-        if name in values:
-            values[name] = parse(name, values[name], number)
-    return PeftConfig(given["peft"], **values)
+        if name in settings:
+            settings[name] = parse(name, settings[name], number)
+    PeftConfig(**{name: value for name, value in settings.items() if name != "adapter"})
+    return settings
 
 
 def parse(name: str, text: object, number: type[int] | type[float]):
@@ -73,16 +73,13 @@ def parse(name: str, text: object, number: type[int] | type[float]):
         raise PeftError(f"--peft_{name} {text!r} is not {kind}: use one, such as --peft_{name} 16") from None
 
 
-def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str | None]:
-    """Check that the settings go with MACE's options and fit the foundation; returns its name, head and fingerprint.
-
-    Raises PeftError if they do not.
-    """
+def check_options(args: argparse.Namespace) -> None:
+    """Raise PeftError if options of MACE do not go with ``--peft``, or if the adapter could not be saved."""
     for name, reason in CONFLICTS.items():
         if getattr(args, name, None):
             raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
     if args.foundation_model is None:
-        raise PeftError(f"--peft {config.method} has nothing to adapt: add --foundation_model with a file or a name "
+        raise PeftError(f"--peft {args.peft} has nothing to adapt: add --foundation_model with a file or a name "
                         "that MACE knows, such as medium_off")
     if args.model not in MODELS:
         raise PeftError(f"--model {args.model} builds a new model instead of the foundation's: leave it out, or use "
@@ -95,13 +92,6 @@ def check_run(args: argparse.Namespace, config: PeftConfig) -> dict[str, str | N
         if directory.exists() and not directory.is_dir():
             raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or "
                             "give this run another --name")
-    foundation = load_foundation(args.foundation_model, args.default_dtype)
-    if is_adapted(foundation):
-        raise PeftError(f"--foundation_model {args.foundation_model} has {foundation.peft_config.method} adapters "
-                        "already, which a new run would lose: give the foundation that they were trained from")
-    check(foundation, config)
-    return {"name": Path(args.foundation_model).name, "head": args.foundation_head,
-            "fingerprint": fingerprint(foundation)}
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:

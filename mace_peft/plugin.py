@@ -17,11 +17,27 @@ import torch
 from torch import nn
 
 from mace_peft.checkpoints import AdapterCheckpointHandler
-from mace_peft.config import PeftConfig, PeftError, one_line
-from mace_peft.injection import fold, freeze, inject, trainable_parameters
-from mace_peft.options import adapter_directory, add_options, check_run, read_config, stop
+from mace_peft.config import PeftError, one_line
+from mace_peft.injection import eject, fold, freeze
+from mace_peft.models import is_adapted, trainable_parameters
+from mace_peft.options import adapter_directory, add_options, check_options, read_settings, stop
 from mace_peft.report import summary
+from mace_peft.start import Start, check_elements, find_start, go_on
 from mace_peft.storage import save_adapter
+
+
+def refuse_adapted(configure_model):
+    """MACE's ``configure_model`` for a run without ``--peft``, which would drop the adapters of its foundation."""
+
+    @functools.wraps(configure_model)
+    def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
+        if foundation is not None and is_adapted(foundation):
+            method = foundation.peft_config.method
+            stop(PeftError(f"--foundation_model {args.foundation_model} has {method} adapters, which a run without "
+                           f"--peft would lose: add --peft {method} to train them on, or give the foundation"))
+        return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
+
+    return configure
 
 
 def install(run_train: types.ModuleType) -> None:
@@ -37,13 +53,16 @@ def install(run_train: types.ModuleType) -> None:
     @functools.wraps(original_run)
     def run(args):
         try:
-            config = read_config(args)
-            foundation = config and check_run(args, config)
+            settings = read_settings(args)
+            if settings is not None:
+                check_options(args)
+                start = find_start(args, settings)
         except PeftError as error:
             stop(error)
-        if config is None:
-            return original_run(args)
-        with FineTune(run_train, args, config, foundation).replaced_names():
+        if settings is None:
+            with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
+                return original_run(args)
+        with FineTune(run_train, args, start).replaced_names():
             return original_run(args)
 
     run.without_peft = original_run
@@ -54,12 +73,11 @@ def install(run_train: types.ModuleType) -> None:
 class FineTune:
     """One run with ``--peft``: its methods stand in for names of run_train, see ``replaced_names``."""
 
-    def __init__(self, run_train: types.ModuleType, args, config: PeftConfig, foundation: dict[str, str]):
+    def __init__(self, run_train: types.ModuleType, args, start: Start):
         self.original = types.SimpleNamespace(**vars(run_train))
         self.run_train = run_train
         self.args = args
-        self.config = config
-        self.foundation = foundation
+        self.start = start
         self.model: nn.Module | None = None
         self.checkpoints: AdapterCheckpointHandler | None = None
 
@@ -76,25 +94,49 @@ class FineTune:
             stack.enter_context(replaced(run_train.data, "estimate_e0s_from_foundation", estimate))
             yield
 
-    def estimate_e0s(self, original, foundation_model: nn.Module, **kwargs) -> dict[int, float]:
-        """``--E0s=estimated`` of mace-torch 0.3.16 fails if the foundation has another dtype than the run."""
-        return original(foundation_model=foundation_model.to(torch.get_default_dtype()), **kwargs)
+    def estimate_e0s(self, original, foundation_model: nn.Module, foundation_e0s: dict, z_table, **kwargs):
+        """``--E0s=estimated`` from the model that the run starts from, in the run's dtype.
+
+        mace-torch 0.3.16 fails if the foundation has another dtype.
+        """
+        adapted = self.start.adapted
+        if adapted is not None and len(adapted.heads) == 1:
+            self.stop_on_error(check_elements, z_table.zs, adapted)
+            foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
+        model = foundation_model.to(torch.get_default_dtype())
+        return original(foundation_model=model, foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
 
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
+        # the run's dtype first: narrowing the elements divides weights, and a reload has to give the same numbers
+        foundation = foundation.to(torch.get_default_dtype())
+        adapted = foundation if is_adapted(foundation) else self.start.adapted
+        if adapted is not None:
+            elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
+            self.stop_on_error(check_elements, elements, adapted)
+        if adapted is foundation:
+            foundation = eject(copy.deepcopy(adapted))
         model, output_args = self.original.configure_model(
             args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
         if atomic_energies is not None:
             in_data = {head.head_name: head.z_table.zs for head in head_configs}
             put_E0s_right(model, foundation, atomic_energies, [in_data[head] for head in heads])
-        try:
-            self.model = inject(model, self.config, self.foundation)
-        except PeftError as error:
-            stop(error)
-        logging.info(f"Adapters: {self.config.options()}\n{summary(model)}")
+        new = self.stop_on_error(go_on, model, self.start.config, self.start.foundation, adapted)
+        self.model = model
+        logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
+        if adapted is not None:
+            source = getattr(args, "peft_adapter", None) or args.foundation_model
+            logging.info(f"The adapters go on from {source}; {len(new)} of their tensors are new")
         if len(heads) > 1 and not any(p.requires_grad for p in model.readouts.parameters()):
             logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
                             "--peft_train_also 'readouts.*'")
         return model, output_args
+
+    @staticmethod
+    def stop_on_error(function, *arguments):
+        try:
+            return function(*arguments)
+        except PeftError as error:
+            stop(error)
 
     def get_params_options(self, args, model: nn.Module) -> dict:
         """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
@@ -114,7 +156,7 @@ class FineTune:
         return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
 
     def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
-        self.checkpoints = AdapterCheckpointHandler(*args, config=self.config, options=self.args, **kwargs)
+        self.checkpoints = AdapterCheckpointHandler(*args, config=self.start.config, options=self.args, **kwargs)
         return self.checkpoints
 
     def deepcopy(self, value):
@@ -147,6 +189,12 @@ def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
         setattr(owner, name, original)
 
 
+def first_E0s(model: nn.Module) -> dict[int, float]:
+    """E0s (eV) of the model's first head by atomic number."""
+    energies = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)[0].tolist()
+    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True))
+
+
 def put_E0s_right(model: nn.Module, foundation: nn.Module, atomic_energies, in_data: list[list[int]]) -> None:
     """Give the model the E0s (eV; heads x elements) that the run determined and logged.
 
@@ -156,8 +204,7 @@ def put_E0s_right(model: nn.Module, foundation: nn.Module, atomic_energies, in_d
     """
     held = model.atomic_energies_fn.atomic_energies
     elements = model.atomic_numbers.tolist()
-    known = dict(zip(foundation.atomic_numbers.tolist(),
-                     torch.atleast_2d(foundation.atomic_energies_fn.atomic_energies)[0], strict=True))
+    known = first_E0s(foundation)
     wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
     for row, present in enumerate(in_data):
         for column, element in enumerate(elements):

@@ -6,7 +6,7 @@ from prettytable import PrettyTable
 from torch import nn
 
 from mace_peft.adapted import LowRank
-from mace_peft.injection import adapted_blocks, trainable_parameters
+from mace_peft.models import adapted_blocks, trainable_parameters
 from mace_peft.targets import unit
 
 

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
 import e3nn
 import mace
 import torch
-from mace.tools.scripts_utils import remove_pt_head
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 import mace_peft
-from mace_peft.config import PeftConfig, PeftError
-from mace_peft.foundation import rebuild
-from mace_peft.injection import eject, fingerprint, inject, is_adapted, trainable_parameters
+from mace_peft.config import PeftConfig, PeftError, one_line
+from mace_peft.models import trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+FORMAT = 1
+
+# What the fields of adapter_config.json hold, see ``fits``.
+TEXT_OR_NONE = (str, type(None))
+NUMBERS_OR_NONE = ([float], type(None))
+ORIGIN = {"name": TEXT_OR_NONE, "fingerprint": str}
+FIELDS = {
+    "format": int,
+    "peft": {"method": str, "rank": int, "alpha": float, "targets": str, "gate": str, "init_std": float,
+             "train_also": TEXT_OR_NONE},
+    "foundation": (ORIGIN, ORIGIN | {"head": TEXT_OR_NONE}),
+    "model_class": str,
+    "elements": [int],
+    "heads": [str],
+    "E0s": ([[float]], type(None)),
+    "scale": NUMBERS_OR_NONE,
+    "shift": NUMBERS_OR_NONE,
+    "dtype": str,
+    "versions": {package: str for package in ("mace_peft", "mace", "e3nn", "torch")},
+    "sha256": str,
+}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -28,25 +49,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     The files hold what it takes to get from the foundation file to this model: the trained parameters, the elements,
     E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the name and
-    fingerprint of the foundation, and the versions of the packages. Each file is complete before it takes the place of
-    an older one; other files in the directory stay. Raises PeftError if the model has no adapters, OSError if the
-    directory cannot be written.
+    fingerprint of the foundation, and the versions of the packages. Other files in the directory stay.
+
+    Killed at any moment it leaves the adapter that was there or the new one: each file is complete before it takes the
+    place of an older one, the tensors go first, and ``read_adapter`` takes a config that has not got there yet.
+
+    Raises PeftError if the model has no adapters, OSError if the directory cannot be written.
     """
     directory = Path(directory)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
-    contents = {
-        TENSOR_FILE: save(tensors, metadata={"format": "pt"}),
-        CONFIG_FILE: (json.dumps(describe(model), indent=2) + "\n").encode(),
-    }
-    directory.mkdir(parents=True, exist_ok=True)
+    trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
+    tensors = save(trained, metadata={"format": "pt"})
+    description = describe(model)
+    description["sha256"] = checksum(description, tensors)
+    contents = {TENSOR_FILE: tensors, CONFIG_FILE: (json.dumps(description, indent=2) + "\n").encode()}
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        finish_killed_save(directory)
         for name, content in contents.items():
             unfinished(directory, name).write_bytes(content)
         for name in contents:
             unfinished(directory, name).replace(directory / name)
-    finally:
-        for name in contents:
-            unfinished(directory, name).unlink(missing_ok=True)
+    except BaseException:
+        undo_save(directory, made)
+        raise
     return directory
 
 
@@ -54,99 +80,131 @@ def unfinished(directory: Path, name: str) -> Path:
     return directory / f".{name}.unfinished"
 
 
+def finish_killed_save(directory: Path) -> None:
+    """Put the config in place that an earlier save, killed, has left behind its tensors."""
+    later = unfinished(directory, CONFIG_FILE)
+    if unfinished(directory, TENSOR_FILE).exists():
+        return  # killed earlier than that: what was there is complete
+    try:
+        check_description(json.loads(later.read_bytes()), later, (directory / TENSOR_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):  # none is there, or it is none of these tensors
+        return
+    later.replace(directory / CONFIG_FILE)
+
+
+def undo_save(directory: Path, made: list[Path]) -> None:
+    """Remove what a failed save has left, unless its tensors are in place already: then its config has to stay."""
+    if unfinished(directory, TENSOR_FILE).exists():
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            unfinished(directory, name).unlink(missing_ok=True)
+    for path in made:
+        with contextlib.suppress(OSError):  # it holds something, or was not made
+            path.rmdir()
+
+
 def describe(model: nn.Module) -> dict:
-    """What adapter_config.json says of an adapted model."""
-    scale_shift = getattr(model, "scale_shift", None)
-    atomic_energies = getattr(model, "atomic_energies_fn", None)
+    """What adapter_config.json says of an adapted model, but for the checksum."""
+    energies = energy_buffers(model)
     return {
+        "format": FORMAT,
         "peft": model.peft_config.to_dict(),
         "foundation": model.peft_foundation,
         "model_class": type(model).__name__,
         "elements": model.atomic_numbers.tolist(),
         "heads": list(getattr(model, "heads", ["Default"])),
-        "E0s": None if atomic_energies is None else torch.atleast_2d(atomic_energies.atomic_energies).tolist(),
-        "scale": None if scale_shift is None else torch.atleast_1d(scale_shift.scale).tolist(),
-        "shift": None if scale_shift is None else torch.atleast_1d(scale_shift.shift).tolist(),
+        "E0s": torch.atleast_2d(energies["E0s"]).tolist() if "E0s" in energies else None,
+        "scale": torch.atleast_1d(energies["scale"]).tolist() if "scale" in energies else None,
+        "shift": torch.atleast_1d(energies["shift"]).tolist() if "shift" in energies else None,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {package.__name__: package.__version__ for package in (mace_peft, mace, e3nn, torch)},
     }
 
 
-def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """The trained model: the foundation with the adapter of the directory, all but its adapters frozen.
+def energy_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of the model's E0s, scale and shift (eV), of those that it has."""
+    atomic_energies, scale_shift = getattr(model, "atomic_energies_fn", None), getattr(model, "scale_shift", None)
+    buffers = {} if atomic_energies is None else {"E0s": atomic_energies.atomic_energies}
+    return buffers if scale_shift is None else buffers | {"scale": scale_shift.scale, "shift": scale_shift.shift}
 
-    The foundation may have another dtype or device than in training. It is adapted in place where the adapter was
-    trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
-    foundation that has an adapter already swaps it for this one. No code from the directory runs.
 
-    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights.
+def checksum(description: dict, tensors: bytes) -> str:
+    """SHA-256 of what the two files say: a changed file, or two files of different saves, do not go unseen."""
+    said = {name: value for name, value in description.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict, dict[str, torch.Tensor]]:
+    """The settings, the description (``describe``) and the tensors of an adapter directory. No code from it runs.
+
+    Raises PeftError if a file is missing, damaged or changed, or was written by a newer mace-peft.
     """
     directory = Path(directory)
-    description, tensors = read(directory)
-    origin = description["foundation"]
     try:
-        config = PeftConfig(**description["peft"])
-    except TypeError as error:
-        raise PeftError(f"{directory / CONFIG_FILE} has settings that this mace-peft does not know ({error}): use the "
-                        "version that saved it, or a newer one") from None
-    held = foundation.peft_foundation["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
-    if held != origin["fingerprint"]:
-        raise PeftError(f"{directory} was trained from a foundation ({origin['name']}) whose weights differ from the "
-                        f"one given (fingerprints {origin['fingerprint'][:12]} and {held[:12]}): give that foundation")
-    model = base_of(foundation, description)
-    inject(model, config, origin)
-    trainable = trainable_parameters(model)
-    shapes, wanted = ({name: tuple(t.shape) for name, t in given.items()} for given in (tensors, trainable))
-    if shapes != wanted:
-        eject(model)
-        odd = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
-        raise PeftError(f"{directory / TENSOR_FILE} does not fit its settings (missing, unknown or of another shape: "
-                        f"{', '.join(odd)}): save or copy the adapter again")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors[name])
-    return model
-
-
-def base_of(foundation: nn.Module, description: dict) -> nn.Module:
-    """The foundation with the elements, heads, E0s, scale and shift of the description: itself where these are its own.
-
-    Raises PeftError where an adapted foundation would have to become another model.
-    """
-    elements, heads = description["elements"], description["heads"]
-    own = foundation.atomic_numbers.tolist() == elements and list(foundation.heads) == heads
-    if is_adapted(foundation):
-        if not own:
-            raise PeftError("the adapter was trained for other elements or heads than the one that it would replace: "
-                            "load it onto the foundation")
-        model = eject(foundation)
-    elif own:
-        model = foundation
-    else:
-        if len(foundation.heads) > 1:
-            foundation = remove_pt_head(foundation, description["foundation"].get("head"))
-        model = rebuild(foundation, elements, heads, description["E0s"])
-    numbers = {"E0s": model.atomic_energies_fn.atomic_energies, "scale": model.scale_shift.scale,
-               "shift": model.scale_shift.shift}
-    for name, buffer in numbers.items():
-        buffer.copy_(torch.tensor(description[name], dtype=torch.float64).reshape(buffer.shape))
-    return model
-
-
-def read(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The settings and the tensors of an adapter directory.
-
-    Raises PeftError if a file is missing or broken.
-    """
-    try:
-        description = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load((directory / TENSOR_FILE).read_bytes())
-    except FileNotFoundError as error:
+        tensors = (directory / TENSOR_FILE).read_bytes()
+        description = matching_description(directory, tensors)
+        return PeftConfig(**description["peft"]), description, finite(load(tensors), directory)
+    except PeftError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise PeftError(f"{directory} is no adapter directory, for {Path(error.filename).name} is missing: give the "
                         "NAME_adapter directory that a run left") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise PeftError(f"the adapter in {directory} cannot be read ({error}): save or copy it again") from None
-    absent = {"peft", "foundation", "elements", "heads", "E0s", "scale", "shift"} - set(description)
-    if absent:
-        raise PeftError(f"{directory / CONFIG_FILE} lacks {', '.join(sorted(absent))}: save the adapter again")
-    return description, tensors
+    except Exception as error:  # damaged files fail in many ways, such as UnicodeDecodeError or RecursionError
+        raise PeftError(f"the adapter in {directory} cannot be read ({one_line(error)}): save or copy it "
+                        "again") from None
+
+
+def matching_description(directory: Path, tensors: bytes) -> dict:
+    """The description that belongs to the tensors: a save that was killed has put it in place or is about to."""
+    later = unfinished(directory, CONFIG_FILE)
+    path = directory / CONFIG_FILE
+    try:
+        return check_description(json.loads(path.read_text(encoding="utf-8")), path, tensors)
+    except (OSError, ValueError):
+        if not later.exists():
+            raise
+    try:
+        return check_description(json.loads(later.read_text(encoding="utf-8")), later, tensors)
+    except ValueError:
+        raise PeftError(f"the files in {directory} belong to different saves: save or copy the adapter again") from None
+
+
+def check_description(description: dict, path: Path, tensors: bytes) -> dict:
+    """Raise PeftError unless the description is complete, of a known format and that of the tensors."""
+    if not isinstance(description, dict) or not fits(description.get("format"), int) or description["format"] < 1:
+        raise PeftError(f"{path} is no adapter config of mace-peft: give the NAME_adapter directory that a run left")
+    if description["format"] > FORMAT:
+        raise PeftError(f"{path} has format {description['format']}, and this mace-peft {mace_peft.__version__} reads "
+                        f"up to {FORMAT}: install a newer mace-peft")
+    missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
+    if missing or unknown:
+        raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {sorted(unknown)}: save or copy "
+                        "the adapter again")
+    if description["sha256"] != checksum(description, tensors):
+        raise PeftError(f"{path} and {TENSOR_FILE} are not what was saved, for their checksum differs: save or copy "
+                        "the adapter again")
+    odd = [name for name, kind in FIELDS.items() if not fits(description[name], kind)]
+    if odd:
+        raise PeftError(f"{path} holds no proper value of {', '.join(odd)}: save the adapter again")
+    return description
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a JSON value is of the kind: a type; [kind], a list of such entries, not empty; {name: kind}, an object
+    of these fields; or (kind, kind), either. Numbers have to be finite.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and value != [] and all(fits(entry, kind[0]) for entry in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
+    return type(value) is kind and (kind is not float or math.isfinite(value))
+
+
+def finite(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
+    """Raise PeftError for a weight that is no number."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise PeftError(f"{bad[0]!r} in {directory} holds NaN or infinity, for its training diverged: train again with "
+                        "a lower --lr")
+    return tensors

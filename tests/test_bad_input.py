@@ -101,8 +101,10 @@ BAD_FOUNDATIONS = {
                    ["holds a dict", ".model file"]),
     "class": (lambda: saved(without_scale_shift()), ["is a MACE", "ScaleShiftMACE"]),
     "compiled": (compiled, ["TorchScript", ".model file that it was compiled from"]),
-    "adapted": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=2))),
-                ["mmea adapters already", "give the foundation"]),
+    "adapted by another method": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2))),
+                                  ["--peft mmea differs from the elora", "start from the foundation"]),
+    "adapted with another rank": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=3))),
+                                  ["--peft_rank 2 differs from the 3", "give 3"]),
 }
 
 
@@ -148,12 +150,12 @@ def test_a_bad_foundation_stops(refusal, tmp_path, content, words):
     if content is not None:
         path.write_bytes(content())
     message = refusal(**MMEA, foundation_model=path)
-    assert [word for word in [f"--foundation_model {path}", *words] if word not in message] == [], message
+    assert [word for word in [f"foundation model {path}", *words] if word not in message] == [], message
 
 
 def test_a_folder_as_foundation_stops(refusal, tmp_path):
     message = refusal(**MMEA, foundation_model=tmp_path)
-    assert f"--foundation_model {tmp_path}" in message and "cannot be loaded" in message
+    assert f"foundation model {tmp_path}" in message and "cannot be loaded" in message
 
 
 def test_a_bad_value_in_a_yaml_file_stops(refusal, tmp_path):
@@ -169,7 +171,7 @@ def test_options_that_only_look_like_conflicts_go_together(inputs):
 
 @pytest.mark.parametrize("options, value", [
     (MMEA | {"peft_rank": "abc"}, "--peft_rank 'abc'"),
-    (MMEA | {"foundation_model": "nowhere.model"}, "--foundation_model nowhere.model"),
+    (MMEA | {"foundation_model": "nowhere.model"}, "foundation model nowhere.model"),
 ], ids=["rank", "foundation"])
 def test_a_process_that_stops_has_exit_code_2_and_a_line_and_no_traceback(inputs, options, value):
     run = call(inputs, arguments(inputs, **{"train_file": "missing.xyz"} | options))

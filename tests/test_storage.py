@@ -1,20 +1,23 @@
 """What save_adapter writes, and the fingerprint of a foundation."""
 
+import hashlib
 import json
-import os
 from copy import deepcopy
 from pathlib import Path
 
 import e3nn
 import mace
+import numpy as np
 import pytest
 import torch
+from e3nn import o3
+from mace import modules
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import randomise, tiny_mace
 
 import mace_peft
-from mace_peft import PeftConfig, PeftError, inject, save_adapter, trainable_parameters
+from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.injection import fingerprint
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -23,6 +26,19 @@ FILES = {"adapter_config.json", "adapter_model.safetensors"}
 @pytest.fixture(scope="module")
 def shared_base():
     return tiny_mace()
+
+
+@pytest.fixture(scope="module")
+def medium():
+    """A model of MACE-OFF23-medium shape with three elements, in float32."""
+    return modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
+        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock,
+        num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
+        gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
+        correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+        heads=["Default"]).float()
 
 
 @pytest.fixture
@@ -82,18 +98,33 @@ def test_the_tensors_are_marked_as_torch_ones(model, tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_the_files_add_little_to_the_parameters(model, tmp_path):
-    directory = save_adapter(model, tmp_path / "adapter")
+@pytest.mark.parametrize("method, targets, parameters, most", [
+    ("mmea", "products", 10_656, 60_000),
+    ("mmea", "linears", 51_842, 224_000),
+    ("mmea", "published", 151_346, 622_000),
+    ("elora", "products", 29_616, 135_000),
+    ("elora", "linears", 76_368, 322_000),
+    ("elora", "published", 175_872, 720_000),
+])
+def test_a_directory_weighs_little_more_than_its_parameters(medium, tmp_path, method, targets, parameters, most):
+    inject(medium, PeftConfig(method, targets=targets))
+    try:
+        directory = save_adapter(medium, tmp_path / "adapter")
+    finally:
+        eject(medium)
     size = sum(path.stat().st_size for path in directory.iterdir())
-    parameters = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    assert parameters < size <= parameters + 16_000
+    assert 4 * parameters < size <= 4 * parameters + 16_000
+    assert size < most
 
 
 def test_the_config_describes_the_run(base, tmp_path):
     expected = fingerprint(base)
     config = PeftConfig("elora", rank=3, alpha=1.5, targets="products.*", train_also="readouts.0.*")
-    saved = config_in(save_adapter(inject(base, config), tmp_path / "adapter"))
+    directory = save_adapter(inject(base, config), tmp_path / "adapter")
+    saved = config_in(directory)
+    checksum = saved.pop("sha256")
     assert saved == {
+        "format": 1,
         "peft": config.to_dict(),
         "foundation": {"name": None, "fingerprint": expected},
         "model_class": "ScaleShiftMACE",
@@ -107,6 +138,8 @@ def test_the_config_describes_the_run(base, tmp_path):
                      "torch": torch.__version__},
     }
     assert PeftConfig(**saved["peft"]) == config
+    said = json.dumps(saved, sort_keys=True).encode() + (directory / "adapter_model.safetensors").read_bytes()
+    assert checksum == hashlib.sha256(said).hexdigest()
 
 
 def test_the_config_names_the_foundation_that_it_was_given(base, tmp_path):
@@ -159,40 +192,60 @@ def test_an_old_adapter_is_replaced(model, tmp_path):
     assert all(torch.equal(tensors[name], parameter) for name, parameter in trainable_parameters(model).items())
 
 
+def fail_at(monkeypatch, method, call):
+    """That call of the method of Path finds the disk full, a write with the file begun."""
+    original, calls = getattr(Path, method), []
+
+    def attempt(path, argument):
+        calls.append(path)
+        if len(calls) == call:
+            if method == "write_bytes":
+                original(path, argument[:10])
+            raise OSError("no space left on device")
+        return original(path, argument)
+
+    monkeypatch.setattr(Path, method, attempt)
+
+
 @pytest.mark.parametrize("there_already", [False, True])
-@pytest.mark.parametrize("step", ["write 1", "write 2", "rename"])
-def test_a_failure_leaves_the_files_that_were_there_and_no_others(model, tmp_path, monkeypatch, step, there_already):
-    directory = tmp_path / "adapter"
+@pytest.mark.parametrize("method, call", [("write_bytes", 1), ("write_bytes", 2), ("replace", 1)])
+def test_a_failure_leaves_what_was_there_and_no_more(model, tmp_path, monkeypatch, method, call, there_already):
+    directory = tmp_path / "runs" / "adapter"
     if there_already:
         save_adapter(model, directory)
-    before = {path.name: path.read_bytes() for path in directory.glob("*")}
+    before = {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
     randomise(model, seed=7)
-    writes = []
-
-    def counted(write):
-        def attempt(path, *arguments, **options):
-            writes.append(path)
-            if len(writes) == int(step[-1]):
-                path.touch()
-                raise OSError("no space left on device")
-            return write(path, *arguments, **options)
-
-        return attempt
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    if step == "rename":
-        for owner, name in ((os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")):
-            monkeypatch.setattr(owner, name, fail)
-    else:
-        monkeypatch.setattr(Path, "write_bytes", counted(Path.write_bytes))
-        monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
+    fail_at(monkeypatch, method, call)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, directory)
     monkeypatch.undo()
-    assert names_in(tmp_path) <= {"adapter"}
-    assert {path.name: path.read_bytes() for path in directory.glob("*")} == before
+    assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("there_already", [False, True])
+def test_a_failure_between_the_two_files_leaves_the_new_adapter(model, tmp_path, monkeypatch, there_already):
+    if there_already:
+        save_adapter(model, tmp_path / "adapter")
+    randomise(model, seed=7)
+    expected = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    fail_at(monkeypatch, "replace", 2)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, tmp_path / "adapter")
+    monkeypatch.undo()
+    loaded = trainable_parameters(load_adapter(eject(model), tmp_path / "adapter"))
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+    save_adapter(randomise(model, seed=8), tmp_path / "adapter")
+    assert names_in(tmp_path / "adapter") == FILES
+
+
+def test_a_failure_leaves_the_directories_that_hold_something_else(model, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.txt").touch()
+    fail_at(monkeypatch, "write_bytes", 2)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, tmp_path / "runs" / "deep" / "adapter")
+    assert names_in(tmp_path / "runs") == {"notes.txt"}
 
 
 def test_other_files_in_the_directory_stay(model, tmp_path):

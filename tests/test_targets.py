@@ -14,7 +14,7 @@ from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, trainable_parameters
 from mace_peft.adapted import Adapted
-from mace_peft.injection import adapted_blocks, is_adapted
+from mace_peft.models import adapted_blocks, is_adapted
 from mace_peft.report import summary
 from mace_peft.targets import find_targets, unit
 

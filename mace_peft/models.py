@@ -1,0 +1,126 @@
+"""The class that a MACE model takes while it has adapters.
+
+MACE rebuilds models in many places (``mace_select_head``, ``--foundation_model`` with several heads, the conversions to
+cuEquivariance and OpenEquivariance, ``MACECalculator(compile_mode=...)``): it calls ``model.__class__(**config)`` and
+copies parameters by name. The model's own class would make a model without adapters there. This one makes a model with
+the same adapters for MACE to fill, and refuses parameters that would leave an adapter unfilled.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from mace_peft.adapted import Adapted
+from mace_peft.config import PeftConfig, PeftError
+from mace_peft.targets import find_parameters, find_targets
+
+
+class AdaptedModel(nn.Module):
+    """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
+
+    With the class come ``peft_config``, the settings, and ``peft_foundation``, what the model started from: a dict of
+    name, head and fingerprint. The model has ``peft_originals``: the parameters of ``train_also`` as they were before,
+    or None for each in a model that MACE rebuilt.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
+        add_adapters(self, self.peft_config)
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return restore, (plain_class(self), self.peft_config, self.peft_foundation), *state
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch, and raises PeftError if an adapter's tensor is missing or of another shape, strict or not."""
+        shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+        lost = [name for name, tensor in trainable_parameters(self).items() if shapes.get(name) != tensor.shape]
+        if lost:
+            raise PeftError(f"{len(lost)} adapter tensors ({lost[0]}, ...) are missing or of another shape in what the "
+                            "model is to be filled with: keep the model as it is, or merge an ELoRA adapter first")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def adapt(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
+    """Put the adapters of the settings into a plain model and give it the class that keeps them."""
+    originals = {name: model.get_parameter(name).detach().clone() for name in
+                 find_parameters(model, config.train_also)}
+    add_adapters(model, config)
+    model.peft_originals = originals
+    settle(model, config, foundation)
+
+
+def settle(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
+    """Give the model the class that keeps these settings and this origin."""
+    model.__class__ = adapted_class(plain_class(model), config, tuple(foundation.items()))
+
+
+def add_adapters(model: nn.Module, config: PeftConfig) -> None:
+    """Give each target its adapter, in the dtype and on the device of the block.
+
+    Raises PeftError for a model of an accelerated backend.
+    """
+    check_backend(model)
+    for name, adapted in find_targets(model, config).items():
+        block = model.get_submodule(name)
+        weight = next(block.parameters())
+        block.adapter = adapted.make_adapter(block, config).to(weight.device, weight.dtype)
+        block.__class__ = adapted
+
+
+def check_backend(model: nn.Module) -> None:
+    """Raise PeftError if the model is built for an accelerated backend, whose layers hold other weights."""
+    for attribute, backend, tool in (("cueq_config", "cuEquivariance", "mace_cueq_to_e3nn"),
+                                     ("oeq_config", "OpenEquivariance", "mace.cli.convert_oeq_e3nn")):
+        if any(getattr(getattr(module, attribute, None), "enabled", False) for module in model.modules()):
+            raise PeftError(f"adapters cannot go with {backend}, whose layers are not adapted yet: convert the model "
+                            f"back with {tool}, or merge the adapter (ELoRA) before you convert it")
+
+
+@functools.cache
+def adapted_class(plain: type[nn.Module], config: PeftConfig, foundation: tuple) -> type[AdaptedModel]:
+    attributes = {"peft_config": config, "peft_foundation": dict(foundation), "__module__": plain.__module__,
+                  "__doc__": plain.__doc__}
+    return type(plain.__name__, (AdaptedModel, plain), attributes)
+
+
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The model's class without adapters."""
+    return type(model).__bases__[-1] if is_adapted(model) else type(model)
+
+
+def restore(plain: type[nn.Module], config: PeftConfig, foundation: dict) -> AdaptedModel:
+    """An empty adapted model for ``pickle`` and ``copy`` to fill."""
+    cls = adapted_class(plain, config, tuple(foundation.items()))
+    return cls.__new__(cls)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return isinstance(model, AdaptedModel)
+
+
+def check_adapted(model: nn.Module) -> None:
+    """Raise PeftError if the model has no adapters."""
+    if not is_adapted(model):
+        raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
+
+
+def adapted_blocks(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """The adapted blocks by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Adapted)]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a fine-tune trains, by name: all parameters of the adapters and those of ``train_also``.
+
+    Derived from the model's structure, not from ``requires_grad``, which MACE switches while it evaluates. Freezing,
+    counting, the optimizer, the EMA and saving all come from here. Raises PeftError if the model has no adapters.
+    """
+    check_adapted(model)
+    names = {f"{name}.adapter.{key}" for name, block in adapted_blocks(model) for key, _ in
+             block.adapter.named_parameters()}
+    names.update(model.peft_originals)
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}

@@ -1,0 +1,98 @@
+"""What a run with ``--peft`` starts from: a foundation model, or one with an adapter that was trained before."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mace_peft.config import PeftConfig, PeftError
+from mace_peft.foundation import load_foundation, symbols
+from mace_peft.injection import check, eject, fingerprint, inject
+from mace_peft.loading import fill, load_adapter
+from mace_peft.models import is_adapted, trainable_parameters
+
+
+@dataclasses.dataclass
+class Start:
+    """The settings of a run; the name, head and fingerprint of its foundation; and the adapted model to go on from.
+
+    ``adapted`` is None where the adapters are new.
+    """
+
+    config: PeftConfig
+    foundation: dict[str, str | None]
+    adapted: nn.Module | None = None
+
+
+def find_start(args: argparse.Namespace, settings: dict) -> Start:
+    """Load what ``--foundation_model`` and ``--peft_adapter`` name, and check that the settings fit it.
+
+    Raises PeftError if they do not, before any data is read.
+    """
+    settings = dict(settings)
+    directory = settings.pop("adapter", None)
+    model = load_foundation(args.foundation_model, args.default_dtype)
+    name = Path(args.foundation_model).name
+    if is_adapted(model):
+        if directory is not None:
+            raise PeftError(f"--foundation_model {args.foundation_model} has an adapter already, and --peft_adapter "
+                            f"{directory} is another: leave one out, or give the foundation")
+        origin = model.peft_foundation | ({} if model.peft_foundation["name"] else {"name": name})
+    else:
+        origin = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
+        if directory is not None:
+            model = load_adapter(model.to(getattr(torch, args.default_dtype)), directory)
+            check_head(model, args, directory)
+    if not is_adapted(model):
+        config = PeftConfig(**settings)
+        check(model, config)
+        return Start(config, origin)
+    config = settings_from(model.peft_config, settings)
+    go_on(eject(copy.deepcopy(model)), config, origin, model)
+    return Start(config, origin, model)
+
+
+def check_head(adapted: nn.Module, args: argparse.Namespace, directory: str) -> None:
+    trained = adapted.peft_foundation.get("head")
+    if trained != args.foundation_head:
+        raise PeftError(f"--peft_adapter {directory} was trained from the foundation's head {trained}, and this run "
+                        f"takes {args.foundation_head}: add --foundation_head {trained}")
+
+
+def settings_from(adapter: PeftConfig, given: dict) -> PeftConfig:
+    """The adapter's settings, with those given that may differ: where adapters go, and what trains along.
+
+    Raises PeftError for another value of one that shapes the adapters.
+    """
+    names = {"method": "--peft"}
+    for name in ("method", "rank", "alpha", "gate", "init_std"):
+        if name in given and given[name] != getattr(adapter, name):
+            option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
+            raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter that the run starts from: "
+                            f"give {held}, or start from the foundation")
+    return dataclasses.replace(adapter, **given)
+
+
+def go_on(model: nn.Module, config: PeftConfig, origin: dict, adapted: nn.Module | None) -> list[str]:
+    """Inject, and fill the adapters from those of the other model, if any; returns the names of what starts anew.
+
+    Raises PeftError if something of the other model finds no place.
+    """
+    inject(model, config, origin)
+    tensors = {} if adapted is None else trainable_parameters(adapted)
+    fill(model, tensors)
+    return [name for name in trainable_parameters(model) if name not in tensors]
+
+
+def check_elements(elements: list[int], adapted: nn.Module) -> None:
+    """Raise PeftError if the run has elements (atomic numbers) that the adapter has never seen."""
+    known = adapted.atomic_numbers.tolist()
+    new = set(elements) - set(known)
+    if new:
+        raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
+                        f"{symbols(known)}): start from the foundation")

@@ -1,0 +1,622 @@
+"""Damaged, foreign and hostile adapter directories, and saves that are killed."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from mace import modules
+from safetensors.torch import load, save
+from test_storage import fail_at
+from tiny import randomise, tiny_mace
+
+from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, storage, trainable_parameters
+from mace_peft.models import is_adapted
+from mace_peft.storage import checksum, read_adapter
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = PeftConfig("mmea", rank=2, alpha=1.5, train_also="readouts.0.*")
+
+
+def small_mace(**options):
+    return tiny_mace(channels=2, max_ell=1, correlation=1, **options)
+
+
+@pytest.fixture(scope="module")
+def shared_foundation():
+    return small_mace()
+
+
+@pytest.fixture
+def foundation(shared_foundation):
+    """A model that is the same for every test, whatever a test does to it."""
+    values = {name: value.clone() for name, value in shared_foundation.state_dict().items()}
+    yield shared_foundation
+    restore(shared_foundation, values)
+
+
+def restore(model, values):
+    """The model without adapter, and with these values."""
+    if is_adapted(model):
+        eject(model)
+    model.load_state_dict(values)
+    model.requires_grad_(True)
+
+
+@pytest.fixture(scope="module")
+def saved(shared_foundation, tmp_path_factory):
+    """The two files of an adapter: {name: bytes}."""
+    model = randomise(inject(copy.deepcopy(shared_foundation), SETTINGS))
+    directory = save_adapter(model, tmp_path_factory.mktemp("saved"))
+    return {name: (directory / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}
+
+
+def write(directory, files):
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).unlink(missing_ok=True)  # some file systems are slow to overwrite
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def sealed(files, description=None, tensors=None):
+    """The files with another description or other tensors, and the checksum of these."""
+    description = json.loads(files[CONFIG_FILE]) if description is None else description
+    tensors = files[TENSOR_FILE] if tensors is None else save(tensors)
+    if isinstance(description, dict):
+        description = description | {"sha256": checksum(description, tensors)}
+    return {CONFIG_FILE: json.dumps(description).encode(), TENSOR_FILE: tensors}
+
+
+def edited(files, edit):
+    """The files with another description, and the checksum of it."""
+    description = json.loads(files[CONFIG_FILE])
+    edit(description)
+    return sealed(files, description)
+
+
+def everything(model):
+    """All that loading could change: what the model is, its values and what of it trains."""
+    return (type(model), set(vars(model)), {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+            {name: value.numpy().tobytes() for name, value in model.state_dict().items()})
+
+
+def refusal(foundation, directory):
+    """The one line that refuses the directory; the foundation stays as it is."""
+    before = everything(foundation)
+    with pytest.raises(PeftError) as error:
+        load_adapter(foundation, directory)
+    assert everything(foundation) == before
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def meaning(directory):
+    """All that the directory says, in values that compare bit by bit."""
+    settings, description, tensors = read_adapter(directory)
+    return settings, json.dumps(description, sort_keys=True), {
+        name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_another_foundation_of_the_same_shape(foundation, saved, tmp_path):
+    for name, parameter in foundation.named_parameters():
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1e-3
+        message = refusal(foundation, write(tmp_path, saved))
+        assert "weights differ" in message and "give that" in message, name
+        with torch.no_grad():
+            parameter.view(-1)[0] -= 1e-3
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -100, -8, -1])
+def test_truncated_tensors(foundation, saved, tmp_path, length):
+    tensors = saved[TENSOR_FILE][:length]
+    message = refusal(foundation, write(tmp_path, saved | {TENSOR_FILE: tensors}))
+    assert TENSOR_FILE in message and "checksum differs" in message and "copy" in message
+
+
+def test_a_flipped_bit_anywhere_in_the_tensors(foundation, saved, tmp_path):
+    """In the length of the header, in the header and in the numbers."""
+    write(tmp_path, saved)
+    for at in range(0, len(saved[TENSOR_FILE]), 3):
+        content = bytearray(saved[TENSOR_FILE])
+        content[at] ^= 1 << at % 8
+        (tmp_path / TENSOR_FILE).write_bytes(content)
+        with pytest.raises(PeftError, match="checksum differs"):
+            read_adapter(tmp_path)
+    assert "checksum differs" in refusal(foundation, tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 300, -3])
+def test_a_truncated_config(foundation, saved, tmp_path, length):
+    assert "cannot be read" in refusal(foundation, write(tmp_path, saved | {CONFIG_FILE: saved[CONFIG_FILE][:length]}))
+
+
+@pytest.mark.parametrize("field", sorted(set(storage.FIELDS) - {"format"}))
+def test_a_missing_field(foundation, saved, tmp_path, field):
+    description = json.loads(saved[CONFIG_FILE])
+    del description[field]
+    write(tmp_path, saved | {CONFIG_FILE: json.dumps(description).encode()})
+    assert f"lacks ['{field}']" in refusal(foundation, tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("E0s", [[-1.0, -2.0, -3.5]]),
+    ("shift", [0.2]),
+    ("scale", [1]),
+    ("peft", PeftConfig("mmea", rank=2, alpha=1.0, train_also="readouts.0.*").to_dict()),
+    ("peft", PeftConfig("mmea", rank=1, alpha=1.5, train_also="readouts.0.*").to_dict()),
+    ("dtype", "float32"),
+    ("sha256", 64 * "0"),
+])
+def test_a_config_changed_by_hand(foundation, saved, tmp_path, field, value):
+    description = json.loads(saved[CONFIG_FILE])
+    assert description[field] != value
+    description[field] = value
+    write(tmp_path, saved | {CONFIG_FILE: json.dumps(description).encode()})
+    assert "checksum differs" in refusal(foundation, tmp_path)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"[]", "no adapter config"),
+    (b"3", "no adapter config"),
+    (b"null", "no adapter config"),
+    (b'"format"', "no adapter config"),
+    (b"{}", "no adapter config"),
+    (b'{"format": true}', "no adapter config"),
+    (b'{"format": 0}', "no adapter config"),
+    (b'{"format": 1e999}', "no adapter config"),
+    (b'{"format": 2}', "install a newer mace-peft"),
+    (b'{"format": 1, "\\n": 1}', r"unknown fields ['\n']"),
+    (b'{"format": ' + b"9" * 5000 + b"}", "cannot be read"),
+    (b"[" * 200_000, "cannot be read"),
+    (b'{"peft": ' * 200_000, "cannot be read"),
+    (b'{"format": "\xff\xfe"}', "cannot be read"),
+    (b"\x80\x04N.", "cannot be read"),
+    (b"", "cannot be read"),
+])
+def test_a_config_that_is_something_else(foundation, saved, tmp_path, content, expected):
+    assert expected in refusal(foundation, write(tmp_path, saved | {CONFIG_FILE: content}))
+
+
+def into(field, **values):
+    """An edit that sets these values in an object of the config."""
+    return lambda description: description[field].update(values)
+
+
+EDITS = {
+    "a newer format": (lambda d: d.update(format=2), "has format 2, and this mace-peft"),
+    "an unknown field": (lambda d: d.update({"new\nfield": 1}), r"unknown fields ['new\nfield']"),
+    "an unknown setting": (into("peft", novelty=1), "no proper value of peft"),
+    "a missing setting": (lambda d: d["peft"].pop("alpha"), "no proper value of peft"),
+    "a rank in two lines": (into("peft", rank="1\n2"), "no proper value of peft"),
+    "an unknown method": (into("peft", method="lora\n"), "--peft 'lora\\n' is unknown"),
+    "a rank that is too large": (into("peft", rank=3), "does not fit: --peft_rank 3"),
+    "another rank": (into("peft", rank=1), "of another shape"),
+    "other targets": (into("peft", targets="linears"), "missing, unknown or of another shape"),
+    "no such targets": (into("peft", targets="linear_9"), "does not fit: --peft_targets 'linear_9'"),
+    "another method": (into("peft", method="elora"), "missing, unknown or of another shape"),
+    "less that trains along": (into("peft", train_also=None), "missing, unknown or of another shape"),
+    "another foundation": (into("foundation", name="a\nb", fingerprint="c\nd"), "foundation ('a\\nb') whose weights"),
+    "a foundation without fingerprint": (lambda d: d["foundation"].pop("fingerprint"), "no proper value of foundation"),
+    "an element that the foundation lacks": (lambda d: d.update(elements=[1, 6, 7]), "the foundation does not know"),
+    "no elements": (lambda d: d.update(elements=[]), "no proper value of elements"),
+    "elements in text": (lambda d: d.update(elements="HCO"), "no proper value of elements"),
+    "no heads": (lambda d: d.update(heads=[]), "no proper value of heads"),
+    "a head too many": (lambda d: d.update(heads=["Default", "other"]), "does not fit"),
+    "an E0 that is NaN": (lambda d: d.update(E0s=[[-1.0, float("nan"), -3.0]]), "no proper value of E0s"),
+    "an E0 too few": (lambda d: d.update(E0s=[[-1.0, -2.0]]), "does not fit its foundation"),
+    "E0s of uneven heads": (lambda d: d.update(E0s=[[-1.0, -2.0, -3.0], [-1.0]]), "does not fit its foundation"),
+    "no E0s": (lambda d: d.update(E0s=None), "does not fit its foundation"),
+    "no shift, but other E0s": (lambda d: d.update(shift=None, E0s=[[9.0, 9.0, 9.0]]), "does not fit its foundation"),
+}
+
+
+@pytest.mark.parametrize("edit, expected", EDITS.values(), ids=EDITS)
+def test_a_config_with_its_checksum_that_does_not_fit(foundation, saved, tmp_path, edit, expected):
+    assert expected in refusal(foundation, write(tmp_path, edited(saved, edit)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number(foundation, saved, tmp_path, value):
+    for name in [name for name, tensor in load(saved[TENSOR_FILE]).items() if tensor.numel()]:
+        tensors = load(saved[TENSOR_FILE])
+        tensors[name].view(-1)[-1] = value
+        message = refusal(foundation, write(tmp_path, sealed(saved, tensors=tensors)))
+        assert f"{name!r} in {tmp_path} holds NaN or infinity" in message and "--lr" in message
+
+
+def test_tensors_with_their_checksum_that_do_not_fit(foundation, saved, tmp_path):
+    tensors = load(saved[TENSOR_FILE])
+    for name in tensors:
+        others = {key: value for key, value in tensors.items() if key != name}
+        for wrong in (others, others | {f"{name}\n": tensors[name]}, others | {name: tensors[name][..., None]}):
+            message = refusal(foundation, write(tmp_path, sealed(saved, tensors=wrong)))
+            assert repr(name) in message and "missing, unknown or of another shape" in message
+    message = refusal(foundation, write(tmp_path, sealed(saved, tensors=tensors | {"more": torch.zeros(1)})))
+    assert "'more' missing, unknown" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\xff" * 100, b"\x02" + 7 * b"\0" + b"[]", b"\x80\x04N."])
+def test_tensors_with_their_checksum_that_are_something_else(foundation, saved, tmp_path, content):
+    write(tmp_path, sealed(saved | {TENSOR_FILE: content}))
+    assert f"{tmp_path} cannot be read" in refusal(foundation, tmp_path)
+
+
+@pytest.mark.parametrize("there", [(), (CONFIG_FILE,), (TENSOR_FILE,)])
+def test_a_directory_without_both_files(foundation, saved, tmp_path, there):
+    message = refusal(foundation, write(tmp_path, {name: saved[name] for name in there}))
+    missing = CONFIG_FILE if there == (TENSOR_FILE,) else TENSOR_FILE
+    assert f"{tmp_path} is no adapter directory, for {missing} is missing" in message
+
+
+@pytest.mark.parametrize("name", ["nothing", "file", CONFIG_FILE])
+def test_a_path_that_is_no_directory(foundation, saved, tmp_path, name):
+    write(tmp_path, saved)
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / name} is no adapter directory" in refusal(foundation, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE])
+def test_a_directory_in_the_place_of_a_file(foundation, saved, tmp_path, name):
+    write(tmp_path, saved)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert "cannot be read" in refusal(foundation, tmp_path)
+
+
+def test_files_of_two_adapters(foundation, saved, tmp_path):
+    model = randomise(inject(copy.deepcopy(foundation), SETTINGS), seed=1)
+    save_adapter(model, tmp_path)
+    (tmp_path / TENSOR_FILE).write_bytes(saved[TENSOR_FILE])
+    assert "checksum differs" in refusal(foundation, tmp_path)
+
+
+def test_an_adapter_that_is_to_be_swapped_stays_if_the_other_is_refused(foundation, saved, tmp_path):
+    good = write(tmp_path / "good", saved)
+    model = load_adapter(foundation, good)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    E0s = [[-9.0, -9.0, -9.0]]
+    for edit in (lambda d: d.update(E0s=E0s, shift=None), lambda d: (d.update(E0s=E0s), d["peft"].update(rank=1)),
+                 lambda d: d["peft"].update(rank=99), lambda d: d.update(elements=[1, 6], E0s=[[-9.0, -9.0]])):
+        with pytest.raises(PeftError, match="does not fit"):
+            load_adapter(model, write(tmp_path / "bad", edited(saved, edit)))
+        assert model.peft_config == SETTINGS
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == learning
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_parameters_of_a_foundation_stay_frozen_if_the_adapter_is_refused(foundation, saved, tmp_path):
+    foundation.readouts.requires_grad_(False)
+    assert "of another shape" in refusal(foundation, write(tmp_path, edited(saved, into("peft", rank=1))))
+
+
+def test_an_adapter_of_a_model_without_scale_and_shift_loads(tmp_path):
+    model = randomise(inject(small_mace(model_class=modules.MACE), PeftConfig("mmea", rank=2)))
+    expected = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    save_adapter(model, tmp_path)
+    loaded = trainable_parameters(load_adapter(eject(model), tmp_path))
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+# --- random mutations -------------------------------------------------------------------------------------------------
+
+
+def mutate_bytes(choice: random.Random, content: bytes) -> bytes:
+    start = choice.randrange(len(content) + 1)
+    end = min(len(content), start + choice.choice([1, 1, 2, 8, 100]))
+    before, part, after = content[:start], content[start:end], content[end:]
+    noise = choice.randbytes(len(part) or 1)
+    flipped = bytes(byte ^ (1 << choice.randrange(8)) for byte in part)
+    return choice.choice([
+        before,
+        before + after,
+        before + flipped + after,
+        before + noise + after,
+        before + noise + part + after,
+        before + part + part + after,
+        before + bytes(len(part)) + after,
+        before + part.swapcase() + after,
+        after + part + before,
+        before + b" " + part + after,
+    ])
+
+
+def containers(value):
+    """The objects and lists of a JSON value, itself among them."""
+    if isinstance(value, (dict, list)):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from containers(inner)
+
+
+ODD_VALUES = (None, True, False, 0, 1, -1, 2, 0.0, -0.0, 0.5, 1e300, float("nan"), float("inf"), 10**400, "", "1",
+              "mmea", "\ud800", "a\nb", "*", [], {}, [[]], [0], [1.0], ["Default"], {"name": None})
+
+
+def mutate_json(choice: random.Random, description: dict) -> dict:
+    """One value anywhere in the tree changed, deleted, wrapped or added."""
+    description = copy.deepcopy(description)
+    container = choice.choice(list(containers(description)))
+    keys = list(container) if isinstance(container, dict) else list(range(len(container)))
+    value = copy.deepcopy(choice.choice([*ODD_VALUES, *description.values()]))
+    if not keys or choice.random() < 0.2:
+        if isinstance(container, dict):
+            container[choice.choice(["a\nb", "head", "format", ""])] = value
+        else:
+            container.insert(choice.randrange(len(container) + 1), value)
+        return description
+    key = choice.choice(keys)
+    if choice.random() < 0.3:
+        del container[key]
+    else:
+        container[key] = choice.choice([value, value, str(container[key]), [container[key]], {"a": container[key]}])
+    return description
+
+
+def mutated(choice: random.Random, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with one of them mutated, or swapped; the checksum is what it was."""
+    name = choice.choice([CONFIG_FILE, TENSOR_FILE])
+    if choice.random() < 0.01:
+        return {CONFIG_FILE: files[TENSOR_FILE], TENSOR_FILE: files[CONFIG_FILE]}
+    if name == CONFIG_FILE and choice.random() < 0.5:
+        return files | {name: json.dumps(mutate_json(choice, json.loads(files[name]))).encode()}
+    content = files[name]
+    for _ in range(choice.choice([1, 1, 2, 3])):
+        content = mutate_bytes(choice, content)
+    return files | {name: content}
+
+
+def test_ten_thousand_mutations_give_an_error_or_the_same_adapter(saved, tmp_path):
+    expected = meaning(write(tmp_path, saved))
+    choice, same = random.Random(0), 0
+    for number in range(10_000):
+        write(tmp_path, mutated(choice, saved))
+        try:
+            found = meaning(tmp_path)
+        except PeftError as error:
+            assert "\n" not in str(error), number
+        else:
+            same += 1
+            assert found == expected, number
+    assert 10 < same < 2000  # such as white space in the config
+
+
+def test_mutations_with_their_checksum_give_an_error_or_a_model(foundation, saved, tmp_path):
+    choice, loaded = random.Random(0), 0
+    values = {name: value.clone() for name, value in foundation.state_dict().items()}
+    for number in range(200):
+        files = sealed(saved, mutate_json(choice, json.loads(saved[CONFIG_FILE])))
+        before = everything(foundation)
+        try:
+            model = load_adapter(foundation, write(tmp_path, files))
+        except PeftError as error:
+            assert "\n" not in str(error), number
+        else:
+            loaded += 1
+            assert is_adapted(model)
+            restore(foundation, values)
+        assert everything(foundation) == before, number
+    assert 5 < loaded < 100  # such as another E0 or another name of the foundation
+
+
+# --- saves that are killed --------------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed save runs in a fork of the process")
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def versions(shared_foundation, tmp_path_factory):
+    """Models of different settings and weights, and what a directory of each says."""
+    settings = [SETTINGS, SETTINGS, PeftConfig("elora", rank=1, targets="linears"), PeftConfig("mmea", rank=1)]
+    models = [randomise(inject(copy.deepcopy(shared_foundation), one), seed) for seed, one in enumerate(settings)]
+    return [(model, meaning(save_adapter(model, tmp_path_factory.mktemp("version")))) for model in models]
+
+
+def killed(model, directory, prepare, *arguments):
+    """Whether a copy of this process, so prepared, was killed while it saved the model."""
+    child = os.fork()
+    if not child:
+        try:
+            prepare(*arguments)
+            save_adapter(model, directory)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_moment(moment):
+    """Kill this process at that one of the calls to the file system, and the lines of storage.py that follow one."""
+    passed = 0
+
+    def tick(started):
+        nonlocal passed
+        passed += started
+        if passed == moment:
+            kill()
+
+    def trace(frame, *_):
+        if frame.f_code.co_filename != storage.__file__:
+            return None
+        tick(started=passed > 0)
+        return trace
+
+    sys.addaudithook(lambda event, _: tick(started=event == "open" or event.startswith("os.")))
+    sys.settrace(trace)
+
+
+def within(method, number):
+    """Kill this process at that call of the method of Path: a write after half of the content."""
+    original, calls = getattr(Path, method), []
+
+    def killing(path, argument):
+        calls.append(path)
+        if len(calls) == number:
+            if method == "write_bytes":
+                original(path, argument[:len(argument) // 2])
+            kill()
+        return original(path, argument)
+
+    setattr(Path, method, killing)
+
+
+def state(directory):
+    """What the directory says, or None where that is refused in a line."""
+    try:
+        return meaning(directory)
+    except PeftError as error:
+        assert "is no adapter directory" in str(error) and "\n" not in str(error)
+        return None
+
+
+@needs_fork
+@forks
+@pytest.mark.parametrize("there_already", [True, False])
+def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_adapter(versions, tmp_path, there_already):
+    (old_model, old), (new_model, new) = versions[0], versions[2]
+    states, moment, alive = [], 0, False
+    while not alive:
+        moment += 1
+        directory = tmp_path / str(moment) / "adapter"
+        if there_already:
+            save_adapter(old_model, directory)
+        alive = not killed(new_model, directory, at_moment, moment)
+        states.append(state(directory))
+        save_adapter(old_model, directory)
+        assert state(directory) == old and {path.name for path in directory.iterdir()} == {CONFIG_FILE, TENSOR_FILE}
+    before = old if there_already else None
+    switch = states.index(new)
+    assert states == [before] * switch + [new] * (len(states) - switch)
+    assert switch > 10 and len(states) - switch > 2
+
+
+@needs_fork
+@forks
+@pytest.mark.parametrize("there_already", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_save_killed_within_a_file_leaves_what_was_there(versions, tmp_path, number, there_already):
+    (old_model, old), (new_model, new) = versions[0], versions[1]
+    if there_already:
+        save_adapter(old_model, tmp_path)
+    assert killed(new_model, tmp_path, within, "write_bytes", number)
+    assert state(tmp_path) == (old if there_already else None)
+    save_adapter(new_model, tmp_path)
+    assert state(tmp_path) == new
+
+
+@needs_fork
+@forks
+def test_saves_killed_one_after_the_other_leave_the_old_or_the_new_adapter(versions, tmp_path):
+    choice, current, seen = random.Random(0), None, set()
+    for number in range(100):
+        model, new = choice.choice([version for version in versions if version[1] != current])
+        if choice.random() < 0.7:
+            killed(model, tmp_path, at_moment, choice.randint(1, 40))
+        else:
+            killed(model, tmp_path, within, "write_bytes", choice.randint(1, 2))
+        found = state(tmp_path)
+        assert found in (current, new), number
+        seen.add((found == new, frozenset(path.name for path in tmp_path.iterdir())))
+        current = found
+    assert len(seen) > 3
+
+
+@needs_fork
+@forks
+def test_what_a_killed_save_left_loads_as_the_trained_model(versions, foundation, tmp_path):
+    """The tensors are in place, and their config is not yet."""
+    model, _ = versions[2]
+    save_adapter(versions[0][0], tmp_path)
+    assert killed(model, tmp_path, within, "replace", 2)
+    loaded = load_adapter(foundation, tmp_path)
+    expected = trainable_parameters(model)
+    assert loaded.peft_config == model.peft_config
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trainable_parameters(loaded).items())
+
+
+@needs_fork
+@forks
+@pytest.mark.parametrize("there_already", [True, False])
+@pytest.mark.parametrize("method, number", [("write_bytes", 1), ("write_bytes", 2), ("replace", 1), ("replace", 2)])
+def test_a_save_killed_over_what_a_killed_one_left_leaves_that(versions, tmp_path, method, number, there_already):
+    (first_model, _), (second_model, second), (third_model, third) = versions[:3]
+    if there_already:
+        save_adapter(first_model, tmp_path)
+    assert killed(second_model, tmp_path, within, "replace", 2)
+    assert killed(third_model, tmp_path, within, method, number)
+    assert state(tmp_path) == second
+    save_adapter(third_model, tmp_path)
+    assert state(tmp_path) == third
+
+
+@needs_fork
+@forks
+@pytest.mark.parametrize("method, number", [("write_bytes", 1), ("write_bytes", 2), ("replace", 1), ("replace", 2)])
+def test_a_save_that_fails_over_what_a_killed_one_left_leaves_that(versions, tmp_path, monkeypatch, method, number):
+    (first_model, _), (second_model, second), (third_model, _) = versions[:3]
+    save_adapter(first_model, tmp_path)
+    assert killed(second_model, tmp_path, within, "replace", 2)
+    fail_at(monkeypatch, method, number)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(third_model, tmp_path)
+    assert state(tmp_path) == second
+
+
+# --- no code runs -----------------------------------------------------------------------------------------------------
+
+
+class Bait:
+    """Its pickle makes the file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_loading_runs_no_code_from_the_directory(foundation, saved, tmp_path, monkeypatch):
+    trap = tmp_path / "trap"
+    zipped = io.BytesIO()
+    torch.save(Bait(trap), zipped)
+    hostile, zipped, code = pickle.dumps(Bait(trap)), zipped.getvalue(), f"import os; os.mkdir({str(trap)!r})".encode()
+    for run, poison in ((pickle.loads, hostile), (exec, code),
+                        (lambda content: torch.load(io.BytesIO(content), weights_only=False), zipped)):
+        run(poison)
+        trap.rmdir()
+
+    names = ("__init__", "conftest", "adapter_config", "sitecustomize", "json", "torch", "mace_peft", "safetensors")
+    bait = {f"{name}.py": code for name in names}
+    bait |= {"adapter_model.bin": zipped, "adapter_model.pt": hostile, "adapter_config.pkl": hostile}
+    directory = write(tmp_path / "adapter", bait | saved)
+    monkeypatch.chdir(directory)
+    values = {name: value.clone() for name, value in foundation.state_dict().items()}
+    load_adapter(foundation, directory)
+    restore(foundation, values)
+    for poison in (hostile, zipped, code):
+        for files in ({CONFIG_FILE: poison}, {TENSOR_FILE: poison}, sealed(saved | {TENSOR_FILE: poison})):
+            refusal(foundation, write(directory, saved | files))
+    assert not trap.exists()
+    assert not [name for name, module in sys.modules.items() if str(directory) in str(getattr(module, "__file__", ""))]

@@ -1,0 +1,174 @@
+"""A run may start from a saved adapter, or from a model that has one."""
+
+import ase.io
+import pytest
+import torch
+from runs import E0S, FEWER_ELEMENTS, MOLECULE, default_foundation, reach_training, train_here, write_inputs
+from test_load import same
+from tiny import configurations, predict, tiny_mace
+
+from mace_peft import load_adapter, save_adapter, trainable_parameters
+from mace_peft.models import is_adapted
+
+STRUCTURES = configurations(3)
+CASES = [("mmea", "products"), ("mmea", "published"), ("elora", "published")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A fine-tune of one epoch for each method and placement, in a folder of its own, whose data all share."""
+    inputs = write_inputs(tmp_path_factory.mktemp("inputs"))
+    return {case: train_here(inputs, work_dir=inputs / "-".join(case), max_num_epochs=1, peft=case[0],
+                             peft_targets=case[1], peft_rank=2) for case in CASES}
+
+
+def results(run, case):
+    return run.folder / "-".join(case)
+
+
+def load(path):
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_run_starts_from_a_saved_adapter_with_its_settings(trained, case):
+    folder = trained[case].folder
+    given = reach_training(folder, peft=case[0], peft_adapter=results(trained[case], case) / "run_adapter")
+    model, before = given["model"], load(results(trained[case], case) / "run.model")
+    assert model.peft_config.targets == case[1] and model.peft_config.rank == 2
+    assert same(predict(model, STRUCTURES), predict(before, STRUCTURES))
+    held = {id(parameter) for group in given["optimizer"].param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in trainable_parameters(model).values()}
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_run_goes_on_from_the_model_that_a_run_left(trained, case):
+    """An MMEA model is trained further; a merged ELoRA model is a foundation like any other."""
+    path = results(trained[case], case) / "run.model"
+    given = reach_training(trained[case].folder, peft=case[0], peft_rank=2, foundation_model=path)
+    assert same(predict(given["model"], STRUCTURES), predict(load(path), STRUCTURES))
+
+
+def test_its_adapter_goes_with_the_foundation_of_the_first_run(trained, tmp_path):
+    case = ("mmea", "products")
+    folder = trained[case].folder
+    path = results(trained[case], case) / "run.model"
+    train_here(folder, work_dir=tmp_path, peft="mmea", max_num_epochs=1, foundation_model=path)
+    loaded = load_adapter(load(folder / "foundation.model"), tmp_path / "run_adapter")
+    assert same(predict(loaded, STRUCTURES), predict(load(tmp_path / "run.model"), STRUCTURES))
+    first = load_adapter(load(folder / "foundation.model"), results(trained[case], case) / "run_adapter")
+    assert not same(predict(loaded, STRUCTURES), predict(first, STRUCTURES), 1e-6)
+
+
+def test_gates_above_merged_updates_go_with_the_model_that_holds_them(trained, tmp_path):
+    """The model of an MMEA ``published`` run has its low-rank updates in its weights: that is its foundation now."""
+    case = ("mmea", "published")
+    folder = trained[case].folder
+    path = results(trained[case], case) / "run.model"
+    train_here(folder, work_dir=tmp_path, peft="mmea", max_num_epochs=1, foundation_model=path)
+    loaded = load_adapter(load(path), tmp_path / "run_adapter")
+    assert same(predict(loaded, STRUCTURES), predict(load(tmp_path / "run.model"), STRUCTURES))
+
+
+def test_a_run_may_adapt_more_than_it_starts_from(trained):
+    case = ("mmea", "products")
+    first = results(trained[case], case)
+    model = reach_training(trained[case].folder, peft="mmea", peft_train_also="readouts.*",
+                           peft_adapter=first / "run_adapter")["model"]
+    assert any(name.startswith("readouts.") for name in trainable_parameters(model))
+    assert same(predict(model, STRUCTURES), predict(load(first / "run.model"), STRUCTURES))
+
+
+def test_E0s_are_estimated_with_the_adapter(trained):
+    """They make the mean error of the model that the run starts from zero on its training set, of one molecule."""
+    case = ("mmea", "published")
+    folder, adapter = trained[case].folder, results(trained[case], case) / "run_adapter"
+    model = reach_training(folder, peft="mmea", E0s="estimated", peft_adapter=adapter)["model"]
+    data = ase.io.read(folder / "train.xyz", ":")
+    errors = [atoms.info["REF_energy"] for atoms in data] - predict(model, data)[0].numpy()
+    assert abs(errors).max() > 0.1 and abs(errors.mean()) < 1e-8
+
+
+def test_fewer_elements_go_on_where_the_adapters_do_not_depend_on_them(trained, tmp_path):
+    write_inputs(tmp_path, FEWER_ELEMENTS)
+    case = ("mmea", "products")
+    options = {"peft": "mmea", "peft_adapter": results(trained[case], case) / "run_adapter", "E0s": E0S[FEWER_ELEMENTS]}
+    model = reach_training(tmp_path, **options)["model"]
+    assert model.atomic_numbers.tolist() == [1, 8]
+    adapters = trainable_parameters(load(results(trained[case], case) / "run.model"))
+    assert all(torch.equal(parameter, adapters[name]) for name, parameter in trainable_parameters(model).items())
+    save_adapter(model, tmp_path / "saved")
+    water = configurations(2, FEWER_ELEMENTS)
+    assert same(predict(load_adapter(default_foundation(), tmp_path / "saved"), water), predict(model, water))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusal(trained, capsys):
+    """Runs the command in this process; returns the one line with which it stops."""
+
+    def refusal(case, **options):
+        with pytest.raises(SystemExit) as stopped:
+            reach_training(trained[case].folder, **options)
+        assert stopped.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mace_run_train: error:")]
+        return line
+
+    return refusal
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"peft": "elora"}, ["--peft elora differs from the mmea"]),
+    ({"peft": "mmea", "peft_rank": 3}, ["--peft_rank 3 differs from the 2", "give 2"]),
+    ({"peft": "mmea", "peft_gate": "residual"}, ["--peft_gate residual differs from the exp"]),
+    ({"peft": "mmea", "peft_targets": "linears"}, ["products.0.adapter.W1", "unknown"]),
+    ({}, ["--peft_adapter", "no effect without --peft"]),
+], ids=["method", "rank", "gate", "targets", "no --peft"])
+def test_other_settings_are_refused(refusal, trained, options, words):
+    case = ("mmea", "products")
+    line = refusal(case, peft_adapter=results(trained[case], case) / "run_adapter", **options)
+    assert all(word in line for word in words), line
+
+
+def test_an_adapter_that_fits_nothing_is_refused(refusal, trained, tmp_path):
+    case = ("mmea", "products")
+    adapter = results(trained[case], case) / "run_adapter"
+    assert "missing" in refusal(case, peft="mmea", peft_adapter=tmp_path)
+    other = tmp_path / "other.model"
+    torch.save(tiny_mace(seed=5), other)
+    assert "weights differ" in refusal(case, peft="mmea", peft_adapter=adapter, foundation_model=other)
+    torch.save(load(results(trained[case], case) / "run.model"), other)
+    assert "leave one out" in refusal(case, peft="mmea", peft_adapter=adapter, foundation_model=other)
+
+
+def test_elements_that_it_has_never_seen_are_refused(refusal, tmp_path):
+    inputs = write_inputs(tmp_path / "water", FEWER_ELEMENTS)
+    train_here(inputs, peft="mmea", peft_rank=2, max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
+    case = ("mmea", "products")
+    for options in ({"E0s": E0S[MOLECULE]}, {"E0s": "estimated"}):
+        assert "the run has C, which" in refusal(case, peft="mmea", peft_adapter=inputs / "run_adapter", **options)
+        assert "the run has C, which" in refusal(case, peft="mmea", foundation_model=inputs / "run.model", **options)
+
+
+def test_updates_that_depend_on_the_elements_are_refused_for_fewer(trained, tmp_path, capsys):
+    write_inputs(tmp_path, FEWER_ELEMENTS)
+    case = ("elora", "published")
+    with pytest.raises(SystemExit):
+        reach_training(tmp_path, peft="elora", peft_adapter=results(trained[case], case) / "run_adapter",
+                       E0s=E0S[FEWER_ELEMENTS])
+    assert "elements and heads it was trained for" in capsys.readouterr().err
+
+
+def test_a_run_without_peft_refuses_an_adapted_model(refusal, trained):
+    case = ("mmea", "products")
+    assert "add --peft mmea" in refusal(case, foundation_model=results(trained[case], case) / "run.model")
+
+
+def test_a_run_without_peft_takes_a_merged_model(trained):
+    case = ("elora", "published")
+    path = results(trained[case], case) / "run.model"
+    given = reach_training(trained[case].folder, foundation_model=path)
+    assert not is_adapted(given["model"])
+    assert same(predict(given["model"], STRUCTURES), predict(load(path), STRUCTURES))
