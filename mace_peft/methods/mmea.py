@@ -28,6 +28,7 @@ class MMEA(nn.Module):
         irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         scalars, shifts = irreps_in.count("0e"), irreps_out.count("0e")
         gains = irreps_out.num_irreps - shifts
+        self.irreps_out = str(irreps_out)
         self.exponential = gate == "exp"
         self.W1 = nn.Parameter(torch.empty(scalars, rank).uniform_(-1, 1) / max(scalars, 1) ** 0.5)
         self.b1 = nn.Parameter(torch.zeros(rank))
@@ -41,11 +42,14 @@ class MMEA(nn.Module):
         self.register_buffer("shift_of", shift_of, persistent=False)
         self.description = f"MMEA({irreps_in.simplify()} -> {irreps_out.simplify()}, rank {rank}, gate {gate})"
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
         z = silu(x.index_select(-1, self.scalars) @ self.W1 + self.b1)
         g = z @ self.W2 + self.b2
-        gain = torch.exp(g) if self.exponential else 1 + g
-        shift = z @ self.W0 + self.b0
+        return torch.exp(g) if self.exponential else 1 + g, z @ self.W0 + self.b0
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        gain, shift = self.coefficients(x)
         # the last column is the gain of what is shifted (1), and the shift of what is scaled (0)
         gain = torch.cat([gain, torch.ones_like(h[..., :1])], -1).index_select(-1, self.gain_of)
         shift = torch.cat([shift, torch.zeros_like(h[..., :1])], -1).index_select(-1, self.shift_of)

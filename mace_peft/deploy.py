@@ -1,0 +1,139 @@
+"""A fine-tune where it is used: in ASE, and as one file for PyTorch, LAMMPS and what else takes a MACE model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+import torch
+from ase.calculators.calculator import all_changes
+from e3nn.util import jit
+from mace.calculators import LAMMPS_MACE, MACECalculator
+from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
+from torch import nn
+from tqdm import tqdm
+
+from mace_peft.config import PeftError, did_you_mean
+from mace_peft.foundation import load_foundation, symbols
+from mace_peft.injection import fold
+from mace_peft.loading import load_adapter
+from mace_peft.models import is_adapted
+from mace_peft.storage import read_adapter
+
+
+class AdaptedCalculator(MACECalculator):
+    """MACE's calculator, which refuses elements that the adapter has never seen.
+
+    ``calculate`` raises PeftError for them.
+    """
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+        new = set((atoms or self.atoms).numbers.tolist()) - set(self.z_table.zs)
+        if new:
+            raise PeftError(f"the structure has {symbols(new)}, and the adapter was trained for "
+                            f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
+        super().calculate(atoms, properties, system_changes)
+
+
+def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, **options) -> MACECalculator:
+    """ASE calculator of the fine-tuned model: energies in eV, forces in eV/A, stress in eV/A^3.
+
+    foundation: the MACE model that the adapter was trained from, its file, or a name that MACE knows; a model is not
+    changed. adapter: the adapter directory. options: those of ``MACECalculator``, such as ``device`` and ``head``;
+    ``default_dtype`` is that of the training unless given.
+
+    Raises PeftError where ``load_adapter`` does, and for a foundation that cannot be loaded.
+    """
+    model = deployable(foundation, adapter, options.pop("default_dtype", None))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return AdaptedCalculator(models=[model], default_dtype=dtype, **options)
+
+
+def deployable(
+    foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None
+) -> nn.Module:
+    """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
+    _, description, _ = read_adapter(adapter)
+    dtype = dtype or description["dtype"]
+    model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)
+    # the dtype first: what narrows the elements divides weights
+    return fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval()
+
+
+def save_model(model: nn.Module, path: Path, head: str) -> None:
+    torch.save(model, path)
+
+
+def save_torchscript(model: nn.Module, path: Path, head: str) -> None:
+    torch.jit.save(jit.compile(model), path)
+
+
+def save_lammps(model: nn.Module, path: Path, head: str) -> None:
+    jit.compile(LAMMPS_MACE(model, head=head)).save(path)
+
+
+def save_lammps_mliap(model: nn.Module, path: Path, head: str) -> None:
+    model.lammps_mliap = True
+    torch.save(LAMMPS_MLIAP_MACE(model, head=head), path)
+
+
+FORMATS: dict[str, Callable[[nn.Module, Path, str], None]] = {
+    "model": save_model,
+    "torchscript": save_torchscript,
+    "lammps": save_lammps,
+    "lammps-mliap": save_lammps_mliap,
+}
+COMPILED = ("torchscript", "lammps")
+
+
+def export(foundation: str, adapter: str, out: str, format: str, head: str | None = None) -> str:
+    """Write the fine-tuned model to one file; returns a sentence that says what it is and what it needs.
+
+    format: ``model``, a MACE model as ``mace_run_train`` saves it; ``torchscript``; ``lammps``, for
+    ``pair_style mace``; ``lammps-mliap``, for ``pair_style mliap unified``. head: the one for LAMMPS to use, where
+    there are several.
+
+    Raises PeftError if something does not fit. The file is there complete, or not at all.
+    """
+    path = Path(out)
+    if not path.parent.is_dir() or path.is_dir():
+        raise PeftError(f"{out} cannot be written, for {path.parent} is no directory or {out} is one: give a file name "
+                        "in a directory that exists")
+    with tqdm(total=3, desc="load", disable=None) as progress:
+        model = deployable(foundation, adapter)
+        head = choose_head(model, head, format)
+        needs_us = is_adapted(model) and format not in COMPILED
+        progress.update()
+        progress.set_description(f"write {format}")
+        write_whole(path, lambda unfinished: FORMATS[format](model, unfinished, head))
+        progress.update(2)
+    need = "mace-torch and mace-peft" if needs_us else "LAMMPS" if format == "lammps" else "mace-torch"
+    need = "PyTorch" if format == "torchscript" else need
+    return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {need} to load"
+
+
+def choose_head(model: nn.Module, head: str | None, format: str) -> str:
+    """The head given, or the only one. Raises PeftError where LAMMPS would have to choose, or if there is none such."""
+    heads = list(model.heads)
+    if head is None:
+        if len(heads) > 1 and format.startswith("lammps"):
+            raise PeftError(f"the model has the heads {', '.join(heads)}, and LAMMPS uses one: add --head")
+        return heads[-1]
+    if head not in heads:
+        raise PeftError(f"--head {head!r} is none of {', '.join(heads)}{did_you_mean(head, heads)}: use one of them")
+    if not format.startswith("lammps"):
+        raise PeftError(f"--head {head} has no effect on the format {format}, which keeps every head: leave it out")
+    return head
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make the file under another name, and put it in place once it is complete."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
