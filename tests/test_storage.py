@@ -7,14 +7,11 @@ from pathlib import Path
 
 import e3nn
 import mace
-import numpy as np
 import pytest
 import torch
-from e3nn import o3
-from mace import modules
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import randomise, tiny_mace
+from tiny import medium_mace, randomise, tiny_mace
 
 import mace_peft
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
@@ -30,15 +27,7 @@ def shared_base():
 
 @pytest.fixture(scope="module")
 def medium():
-    """A model of MACE-OFF23-medium shape with three elements, in float32."""
-    return modules.ScaleShiftMACE(
-        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
-        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
-        interaction_cls_first=modules.RealAgnosticInteractionBlock,
-        num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
-        gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
-        correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-        heads=["Default"]).float()
+    return medium_mace().float()
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import mace  # noqa: F401  before e3nn
-import numpy as np
 import pytest
 import torch
 from e3nn import nn as e3nn_nn
 from e3nn import o3
 from mace import modules
-from tiny import batch, configurations, predict, randomise, tiny_mace
+from tiny import batch, configurations, medium_mace, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, trainable_parameters
 from mace_peft.adapted import Adapted
@@ -50,15 +49,7 @@ def refusal(action, *arguments):
 
 @pytest.fixture(scope="module")
 def medium():
-    """A model of MACE-OFF23-medium shape with three elements."""
-    return modules.ScaleShiftMACE(
-        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
-        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
-        interaction_cls_first=modules.RealAgnosticInteractionBlock,
-        num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
-        gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
-        correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-        heads=["Default"])
+    return medium_mace()
 
 
 def radial(*sizes):

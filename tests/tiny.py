@@ -41,6 +41,18 @@ def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, 
         torch.set_default_dtype(before)
 
 
+def medium_mace():
+    """A model of MACE-OFF23-medium shape with three elements and random weights."""
+    return modules.ScaleShiftMACE(
+        r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
+        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock,
+        num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
+        gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
+        correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
+        heads=["Default"])
+
+
 def configurations(count=8, name="CH3OH", seed=0, periodic=False) -> list[Atoms]:
     """Rattled copies of a molecule with REF_energy (eV) and REF_forces (eV/A) of a Lennard-Jones potential."""
     random = np.random.default_rng(seed)
