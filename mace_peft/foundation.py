@@ -61,6 +61,12 @@ def symbols(elements: Iterable[int]) -> str:
     return " ".join(chemical_symbols[element] for element in sorted(elements))
 
 
+def first_E0s(model: nn.Module) -> dict[int, float]:
+    """E0s (eV) of the model's first head by atomic number."""
+    energies = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)[0].tolist()
+    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True))
+
+
 def rebuild(
     foundation: nn.Module, elements: list[int], heads: list[str], atomic_energies: list[list[float]]
 ) -> nn.Module:

@@ -52,9 +52,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     parameters = dict(model.named_parameters())
     if is_adapted(model):
-        for name in trainable_parameters(model):
+        learnt = trainable_parameters(model)
+        for name in learnt:
             del parameters[name]
-        parameters |= known_originals(model)
+        parameters |= {name: original for name, original in known_originals(model).items() if name in learnt}
     digest = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
         digest.update(name.encode())
@@ -86,9 +87,10 @@ def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Take the adapters out: the base as it was, ``train_also`` included, every parameter trainable. Returns the model.
+    """Take the adapters out: the base as it was, every parameter trainable. Returns the model.
 
-    Updates that ``fold`` has put into the weights stay there. Raises PeftError if there is no adapter.
+    What trained along, and what ``load_adapter`` set, is as it was before. Updates that ``fold`` has put into the
+    weights stay there. Raises PeftError if there is no adapter.
     """
     check_adapted(model)
     exchange(model)
@@ -118,16 +120,16 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def exchange(model: nn.Module) -> None:
-    """Swap the parameters that trained along with what they were before."""
+    """Swap what trained along, and E0s, scale and shift of a loaded adapter, with what they were before."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, original in known_originals(model).items():
-        parameter = model.get_parameter(name)
-        trained = parameter.clone()
-        parameter.copy_(original)
+        trained = tensors[name].clone()
+        tensors[name].copy_(original)
         original.copy_(trained)
 
 
 def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of ``train_also`` as they were before. Raises PeftError if that is lost, see ``AdaptedModel``."""
+    """The ``peft_originals`` of the model. Raises PeftError if one is lost, see ``AdaptedModel``."""
     unknown = [name for name, original in model.peft_originals.items() if original is None]
     if unknown:
         raise PeftError(f"{unknown[0]} trained along, and its value before is not in this model, which MACE rebuilt "

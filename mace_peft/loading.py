@@ -11,10 +11,10 @@ from mace.tools.scripts_utils import remove_pt_head
 from torch import nn
 
 from mace_peft.config import PeftError, one_line
-from mace_peft.foundation import rebuild
+from mace_peft.foundation import first_E0s, rebuild
 from mace_peft.injection import eject, fingerprint, inject
 from mace_peft.models import is_adapted, trainable_parameters
-from mace_peft.storage import energy_buffers, read_adapter
+from mace_peft.storage import ENERGIES, energy_buffers, read_adapter
 
 
 def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -53,15 +53,17 @@ def left_alone_on_error(model: nn.Module) -> Iterator[None]:
     adapter = None
     if is_adapted(model):
         tensors = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
-        adapter = model.peft_config, model.peft_foundation, tensors
+        energies = {name: buffer.clone() for name, buffer in energy_buffers(model).items()}
+        adapter = model.peft_config, model.peft_foundation, tensors, energies
     try:
         yield
     except BaseException:
         if is_adapted(model):
             eject(model)
         if adapter is not None:
-            config, origin, tensors = adapter
+            config, origin, tensors, energies = adapter
             fill(inject(model, config, origin), tensors)
+            set_energies(model, energies)
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
         raise
@@ -101,13 +103,15 @@ def base_of(foundation: nn.Module, description: dict) -> nn.Module:
         return foundation
     if len(foundation.heads) > 1:
         foundation = remove_pt_head(foundation, description["foundation"].get("head"))
-    return rebuild(foundation, elements, heads, description["E0s"])
+    E0s = first_E0s(foundation)
+    return rebuild(foundation, elements, heads, [[E0s.get(element) for element in elements]] * len(heads))
 
 
-def set_energies(model: nn.Module, description: dict) -> None:
-    """Give the model the E0s, scale and shift of the description; all of them or, if one does not fit, none."""
+def set_energies(model: nn.Module, values: dict) -> None:
+    """Give the adapted model these E0s, scale and shift, while it has its adapters; all or, on an error, none."""
     buffers = energy_buffers(model)
-    values = {name: torch.tensor(description[name], dtype=torch.float64).reshape(buffer.shape)
-              for name, buffer in buffers.items()}
+    tensors = {name: torch.as_tensor(values[name], dtype=torch.float64).reshape(buffer.shape)
+               for name, buffer in buffers.items()}
     for name, buffer in buffers.items():
-        buffer.copy_(values[name])
+        model.peft_originals[ENERGIES[name]] = buffer.clone()
+        buffer.copy_(tensors[name])

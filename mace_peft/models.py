@@ -21,8 +21,8 @@ class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
     With the class come ``peft_config``, the settings, and ``peft_foundation``, what the model started from: a dict of
-    name, head and fingerprint. The model has ``peft_originals``: the parameters of ``train_also`` as they were before,
-    or None for each in a model that MACE rebuilt.
+    name, head and fingerprint. The model has ``peft_originals``: the parameters of ``train_also``, and the E0s, scale
+    and shift that ``load_adapter`` replaces, as they were before; None for a parameter of a model that MACE rebuilt.
     """
 
     def __init__(self, *args, **kwargs):

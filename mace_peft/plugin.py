@@ -18,6 +18,7 @@ from torch import nn
 
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
+from mace_peft.foundation import first_E0s
 from mace_peft.injection import eject, fold, freeze
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory, add_options, check_options, read_settings, stop
@@ -187,12 +188,6 @@ def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def first_E0s(model: nn.Module) -> dict[int, float]:
-    """E0s (eV) of the model's first head by atomic number."""
-    energies = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)[0].tolist()
-    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True))
 
 
 def put_E0s_right(model: nn.Module, foundation: nn.Module, atomic_energies, in_data: list[list[int]]) -> None:

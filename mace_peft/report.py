@@ -21,7 +21,8 @@ def summary(model: nn.Module) -> str:
     for name, block in adapters.items():
         row = (unit(model, name), "low-rank update" if isinstance(block, LowRank) else "gate")
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
-    rows.update({(name, "itself"): trainable[name].numel() for name in model.peft_originals})
+    rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
+                 if name in model.peft_originals})
     base = count(model.parameters()) - sum(count(block.adapter.parameters()) for block in adapters.values())
 
     table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")

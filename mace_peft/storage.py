@@ -22,6 +22,7 @@ from mace_peft.models import trainable_parameters
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 FORMAT = 1
+ENERGIES = {"E0s": "atomic_energies_fn.atomic_energies", "scale": "scale_shift.scale", "shift": "scale_shift.shift"}
 
 # What the fields of adapter_config.json hold, see ``fits``.
 TEXT_OR_NONE = (str, type(None))
@@ -121,10 +122,9 @@ def describe(model: nn.Module) -> dict:
 
 
 def energy_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of the model's E0s, scale and shift (eV), of those that it has."""
-    atomic_energies, scale_shift = getattr(model, "atomic_energies_fn", None), getattr(model, "scale_shift", None)
-    buffers = {} if atomic_energies is None else {"E0s": atomic_energies.atomic_energies}
-    return buffers if scale_shift is None else buffers | {"scale": scale_shift.scale, "shift": scale_shift.shift}
+    """The buffers of the model's E0s, scale and shift (eV), of those that it has, by the names of ``ENERGIES``."""
+    buffers = dict(model.named_buffers())
+    return {field: buffers[name] for field, name in ENERGIES.items() if name in buffers}
 
 
 def checksum(description: dict, tensors: bytes) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase.build import molecule
 from mace.calculators import MACECalculator
-from mace.cli import convert_e3nn_cueq, create_lammps_model, eval_configs
+from mace.cli import convert_device, convert_e3nn_cueq, create_lammps_model, eval_configs, select_head
 from mace.tools.scripts_utils import extract_model, remove_pt_head
 from runs import environment, process_state_restored
 from test_load import randomise, same
@@ -222,6 +222,15 @@ def test_without_mace_peft_an_mmea_model_says_what_is_missing(folder):
     assert done.returncode != 0 and "mace_peft" in done.stderr
 
 
+@over_cases
+def test_mace_convert_device_keeps_it(folder, case, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mace_convert_device", "-t", "cpu", "-o", str(tmp_path / "converted.model"),
+                                      str(file(folder, case, "model"))])
+    convert_device.main()
+    converted = torch.load(tmp_path / "converted.model", weights_only=False)
+    assert same(predict(converted, STRUCTURES), trained(folder, case))
+
+
 # --- where MACE rebuilds a model --------------------------------------------------------------------------------------
 
 
@@ -251,6 +260,20 @@ def test_removing_a_head_keeps_the_adapters(config):
     for atoms in structures:
         atoms.info["head"] = "mine"
     assert single.heads == ["mine"] and is_adapted(single)
+    assert same(predict(single, structures), predict(model, structures))
+
+
+def test_mace_select_head_keeps_the_adapters(tmp_path, monkeypatch):
+    model = two_heads(PeftConfig("mmea", rank=2))
+    torch.save(model, tmp_path / "two.model")
+    monkeypatch.setattr(sys, "argv", ["mace_select_head", "-n", "mine", "-o", str(tmp_path / "one.model"),
+                                      str(tmp_path / "two.model")])
+    with process_state_restored():
+        select_head.main()
+    structures = configurations(2)
+    for atoms in structures:
+        atoms.info["head"] = "mine"
+    single = torch.load(tmp_path / "one.model", weights_only=False)
     assert same(predict(single, structures), predict(model, structures))
 
 

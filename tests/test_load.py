@@ -89,6 +89,27 @@ def test_switched_off_and_ejected_it_is_the_base(method):
     assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), base, strict=True))
 
 
+def test_switched_off_and_ejected_a_loaded_adapter_leaves_the_foundation(tmp_path):
+    """Its E0s go with it: the base's predictions are the foundation's, bit for bit."""
+    trained = tiny_mace()
+    trained.atomic_energies_fn.atomic_energies.mul_(3.0)
+    trained.scale_shift.shift.add_(0.1)
+    origin = {"name": "tiny", "head": None, "fingerprint": fingerprint(tiny_mace())}
+    trained = inject(trained, PeftConfig("mmea", rank=2, train_also="readouts.*"), origin)
+    save_adapter(randomise(trained), tmp_path / "a")
+    foundation = tiny_mace()
+    base, state = predict(foundation, STRUCTURES), {name: t.clone() for name, t in foundation.state_dict().items()}
+    model = load_adapter(foundation, tmp_path / "a")
+    assert same(predict(model, STRUCTURES), predict(trained, STRUCTURES))
+    with disable_adapter(model):
+        assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), base, strict=True))
+    assert same(predict(model, STRUCTURES), predict(trained, STRUCTURES))
+    assert fingerprint(model) == origin["fingerprint"]
+    eject(model)
+    assert model is foundation and list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_other_weights_are_refused_and_left_alone(tmp_path):
     save_adapter(inject(tiny_mace(), PeftConfig("mmea", rank=2)), tmp_path / "a")
     other = tiny_mace(seed=5)

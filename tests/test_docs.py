@@ -1,0 +1,70 @@
+"""Every command and every piece of Python in the documentation runs, in the order of the pages."""
+
+import importlib
+import re
+import shlex
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from mace.cli import run_train
+from runs import process_state_restored, write_inputs
+from tiny import configurations, tiny_mace
+
+from mace_peft import plugin
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ["fine-tune", "share", "deploy", "choose", "python"]  # the later use what the first leaves
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = {script.name: script.value for script in entry_points(group="console_scripts")
+            if script.name.startswith("mace_")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("docs"), foundation=tiny_mace(channels=16))
+    ase.io.write(folder / "train.xyz", configurations(24))
+    return folder
+
+
+def run_command(line, monkeypatch):
+    """The console script in this process, with fewer epochs."""
+    name, *arguments = shlex.split(re.sub(r"--max_num_epochs=\d+", "--max_num_epochs=1", line))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    module, function = COMMANDS[name].split(":")
+    if module == run_train.__name__:
+        plugin.install(run_train)
+    getattr(importlib.import_module(module), function)()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = {}
+    blocks = BLOCK.findall((DOCS / f"{page}.md").read_text())
+    assert blocks
+    for language, text in blocks:
+        with process_state_restored():
+            if language == "python":
+                exec(text, names)
+            else:
+                for line in text.replace("\\\n", " ").splitlines():
+                    run_command(line, monkeypatch)
+
+
+def test_what_the_pages_promise_is_there(folder):
+    files = {path.name for path in folder.iterdir()}
+    assert {"mine_adapter", "further_adapter", "again_adapter", "mine_adapter_gains.png", "mine_lammps.pt",
+            "evaluated.xyz", "mine.model-lammps.pt", "merged.model", "water_adapter"} <= files
+    assert "look_adapter" not in files  # a dry run
+    assert torch.load(folder / "merged.model", weights_only=False).r_max == 4.0
+
+
+def test_every_page_is_run_and_every_link_leads_somewhere():
+    assert {path.stem for path in DOCS.glob("*.md")} == set(PAGES)
+    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), (path.name, target)
