@@ -1,0 +1,142 @@
+"""The ``mace_peft`` command says what an adapter is, and stops with one line and exit code 2 at what it cannot do."""
+
+import subprocess
+import sys
+
+import ase.io
+import pytest
+import torch
+from runs import environment
+from tiny import configurations, randomise, tiny_mace
+
+from mace_peft import PeftConfig, cli, inject, merge, save_adapter, trainable_parameters
+from mace_peft.injection import fingerprint
+
+FOUNDATION = "foundation.model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    foundation = tiny_mace()
+    torch.save(foundation, folder / FOUNDATION)
+    origin = {"name": FOUNDATION, "head": None, "fingerprint": fingerprint(foundation)}
+    for method, config in {"mmea": PeftConfig("mmea", rank=2, train_also="readouts.0.*"),
+                           "elora": PeftConfig("elora", rank=3, alpha=1.5, targets="linears")}.items():
+        model = randomise(inject(tiny_mace(), config, origin))
+        save_adapter(model, folder / method)
+        torch.save(model, folder / f"{method}.model")
+    torch.save(merge(model), folder / "merged.model")
+    save_adapter(inject(tiny_mace(max_L=0), PeftConfig("mmea", rank=2)), folder / "scalars")
+    torch.save(tiny_mace(max_L=0), folder / "scalars.model")
+    ase.io.write(folder / "water.xyz", configurations(2, "H2O"))
+    (folder / "text.xyz").write_text("no structures\n")
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """Runs the command in this process and in the folder; returns what it prints."""
+    monkeypatch.chdir(folder)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mace_peft", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+@pytest.fixture
+def refusal(command, capsys):
+    def refusal(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            command(*arguments)
+        assert stopped.value.code == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        (line,) = [line for line in output.err.splitlines() if line.startswith("mace_peft")]
+        return line
+
+    return refusal
+
+
+def rows(text):
+    """``{name: value}`` of the lines above the table, and ``{module: parameters}`` of the table."""
+    above, _, table = text.partition("+")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return {line[:13].strip(): line[13:] for line in above.splitlines()}, dict(cells[1:])
+
+
+@pytest.mark.parametrize("path", ["mmea", "mmea.model"])
+def test_info_of_an_mmea_adapter(command, folder, path):
+    said, modules = rows(command("info", path))
+    assert said["method"] == "mmea, rank 2, gate exp"
+    assert said["placement"] == "products" and said["trains along"] == "readouts.0.*"
+    assert said["elements"] == "H C O" and said["heads"] == "Default" and said["class"] == "ScaleShiftMACE"
+    assert said["foundation"] == FOUNDATION and said["fingerprint"] == fingerprint(tiny_mace())
+    trained = trainable_parameters(torch.load(folder / "mmea.model", weights_only=False))
+    assert said["parameters"] == f"{sum(p.numel() for p in trained.values()):,} (float64)"
+    assert list(modules) == ["products.0", "products.1", "readouts.0.linear.weight"]
+    for module, number in modules.items():
+        parts = [p.numel() for name, p in trained.items() if name == module or name.startswith(f"{module}.adapter.")]
+        assert number == f"{sum(parts):,}"
+
+
+def test_info_of_an_elora_adapter(command, folder):
+    said, modules = rows(command("info", "elora"))
+    assert said["method"] == "elora, rank 3, alpha 1.5" and said["placement"] == "linears"
+    assert "interactions.0.linear_up" in modules
+    size = sum(path.stat().st_size for path in (folder / "elora").iterdir())
+    assert f"({size:,} bytes)" in said["what"]
+
+
+@pytest.mark.parametrize("path", [FOUNDATION, "merged.model"])
+def test_info_of_a_plain_model(command, folder, path):
+    said, modules = rows(command("info", path))
+    assert said["adapters"].startswith("none") and said["elements"] == "H C O" and modules == {}
+    assert said["fingerprint"] == fingerprint(torch.load(folder / path, weights_only=False))
+
+
+def test_plot_writes_a_figure_of_each_kind(command, folder):
+    assert command("plot", "mmea", "--foundation", FOUNDATION, "--structures", "water.xyz").endswith("mmea_gains.png\n")
+    assert command("plot", "elora", "--foundation", FOUNDATION).endswith("elora_updates.png\n")
+    for name in ("mmea_gains.png", "elora_updates.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["info", "nowhere"], ["nowhere", "neither a file nor a name"]),
+    (["info", "."], [". is no adapter directory", "adapter_model.safetensors is missing"]),
+    (["info", "text.xyz"], ["text.xyz cannot be loaded"]),
+    (["export", "nowhere.model", "mmea", "out.model"], ["nowhere.model"]),
+    (["export", FOUNDATION, "nowhere", "out.model"], ["nowhere is no adapter directory"]),
+    (["export", FOUNDATION, "mmea", "mmea"], ["mmea cannot be written"]),
+    (["export", "scalars.model", "mmea", "out.model"], ["weights differ"]),
+    (["plot", "mmea", "--foundation", FOUNDATION], ["add --structures"]),
+    (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "text.xyz"], ["text.xyz cannot be read"]),
+    (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "none.xyz"], ["none.xyz cannot be read"]),
+    (["plot", "elora", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["water.xyz has no effect"]),
+    (["plot", "scalars", "--foundation", "scalars.model"], ["no low-rank update to draw"]),
+], ids=" ".join)
+def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
+    before = {path.name for path in folder.iterdir()}
+    line = refusal(*arguments)
+    assert line.startswith("mace_peft: error: ") and all(word in line for word in words), line
+    assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["export"], ["plot", "mmea"], ["export", *"abc", "--format", "lamps"]],
+                         ids=" ".join)
+def test_wrong_usage_has_exit_code_2(command, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert stopped.value.code == 2 and "usage: mace_peft" in capsys.readouterr().err
+
+
+def test_the_console_script_is_installed(folder):
+    """Its help comes without torch."""
+    program = "import sys; sys.argv[1:] = ['--help']\nfrom mace_peft.cli import main\ntry: main()\n" \
+              "finally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "export" in done.stdout
