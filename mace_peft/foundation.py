@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import numpy as np
@@ -11,7 +12,7 @@ from ase.data import chemical_symbols
 from mace.calculators import foundations_models
 from mace.tools import AtomicNumberTable
 from mace.tools.finetuning_utils import load_foundations_elements
-from mace.tools.scripts_utils import extract_config_mace_model
+from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
 from torch import nn
 
 from mace_peft.config import PeftError, one_line
@@ -80,9 +81,7 @@ def rebuild(
         raise PeftError(f"the foundation does not know {symbols(missing)}, which the adapter was trained for: use the "
                         "foundation that it was trained from")
     weight = next(foundation.parameters())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(weight.dtype)
-    try:
+    with default_dtype_of(foundation):
         config = extract_config_mace_model(foundation)
         config |= {
             "atomic_numbers": elements, "num_elements": len(elements), "heads": heads,
@@ -92,6 +91,23 @@ def rebuild(
         model = load_foundations_elements(
             type(foundation)(**config), foundation, AtomicNumberTable(elements), load_readout=True,
             max_L=config["hidden_irreps"].lmax, default_dtype=weight.dtype)
+    return model.to(weight.device)
+
+
+def single_head(foundation: nn.Module, head: str | None) -> nn.Module:
+    """The foundation with that head alone, as ``--foundation_head`` makes it; itself where it has no others."""
+    if len(foundation.heads) == 1:
+        return foundation
+    with default_dtype_of(foundation):
+        return remove_pt_head(foundation, head).to(next(foundation.parameters()).device)
+
+
+@contextlib.contextmanager
+def default_dtype_of(model: nn.Module) -> Iterator[None]:
+    """MACE builds models and batches in torch's default dtype: make it the model's for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(model.parameters()).dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(before)
-    return model.to(weight.device)

@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterator
 
 import torch
-from mace.tools.scripts_utils import remove_pt_head
 from torch import nn
 
 from mace_peft.config import PeftError, one_line
-from mace_peft.foundation import first_E0s, rebuild
+from mace_peft.foundation import first_E0s, rebuild, single_head
 from mace_peft.injection import eject, fingerprint, inject
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.storage import ENERGIES, energy_buffers, read_adapter
@@ -101,8 +100,7 @@ def base_of(foundation: nn.Module, description: dict) -> nn.Module:
         return eject(foundation)
     if own:
         return foundation
-    if len(foundation.heads) > 1:
-        foundation = remove_pt_head(foundation, description["foundation"].get("head"))
+    foundation = single_head(foundation, description["foundation"].get("head"))
     E0s = first_E0s(foundation)
     return rebuild(foundation, elements, heads, [[E0s.get(element) for element in elements]] * len(heads))
 

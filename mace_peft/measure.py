@@ -20,7 +20,7 @@ from tqdm import trange
 
 from mace_peft.adapted import LowRank
 from mace_peft.config import PeftError
-from mace_peft.foundation import symbols
+from mace_peft.foundation import default_dtype_of, symbols
 from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate
 from mace_peft.methods.mmea import SCALAR
 from mace_peft.models import adapted_blocks, check_adapted
@@ -83,15 +83,11 @@ def check_structures(model: nn.Module, structures: list[Atoms]) -> None:
 
 def batch(model: nn.Module, structures: list[Atoms]) -> dict[str, Tensor]:
     """The structures as one batch, as MACE's data loaders make it, in the dtype and on the device of the model."""
-    weight, before = next(model.parameters()), torch.get_default_dtype()
     table, keys = AtomicNumberTable(model.atomic_numbers.tolist()), data.KeySpecification.from_defaults()
-    torch.set_default_dtype(weight.dtype)
-    try:
+    with default_dtype_of(model):
         graphs = [data.AtomicData.from_config(data.config_from_atoms(structure, keys), table, float(model.r_max),
                                               heads=getattr(model, "heads", None)) for structure in structures]
-        return torch_geometric.Batch.from_data_list(graphs).to(weight.device).to_dict()
-    finally:
-        torch.set_default_dtype(before)
+        return torch_geometric.Batch.from_data_list(graphs).to(next(model.parameters()).device).to_dict()
 
 
 def distributions(name: str, gate: MMEA, batches: list[np.ndarray], numbers: np.ndarray) -> dict[str, dict[str, dict]]:

@@ -87,7 +87,8 @@ class FineTune:
         """Replace the names in run_train, and in the two packages that it reaches through a module."""
         run_train = self.run_train
         with contextlib.ExitStack() as stack:
-            for name in ("configure_model", "get_params_options", "ExponentialMovingAverage", "LBFGS", "deepcopy"):
+            for name in ("remove_pt_head", "configure_model", "get_params_options", "ExponentialMovingAverage", "LBFGS",
+                         "deepcopy"):
                 stack.enter_context(replaced(run_train, name, getattr(self, name)))
             stack.enter_context(replaced(run_train, "jit", types.SimpleNamespace(compile=self.compile)))
             stack.enter_context(replaced(run_train.tools, "CheckpointHandler", self.CheckpointHandler))
@@ -107,8 +108,11 @@ class FineTune:
         model = foundation_model.to(torch.get_default_dtype())
         return original(foundation_model=model, foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
 
+    # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
+    def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
+        return self.original.remove_pt_head(foundation.to(torch.get_default_dtype()), head)
+
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
-        # the run's dtype first: narrowing the elements divides weights, and a reload has to give the same numbers
         foundation = foundation.to(torch.get_default_dtype())
         adapted = foundation if is_adapted(foundation) else self.start.adapted
         if adapted is not None:

@@ -46,25 +46,22 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     else:
         origin = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
         if directory is not None:
+            several = len(model.heads) > 1
             model = load_adapter(model.to(getattr(torch, args.default_dtype)), directory)
-            check_head(model, args, directory)
+            trained = model.peft_foundation.get("head")
+            if several and trained != args.foundation_head:
+                raise PeftError(f"--foundation_head {args.foundation_head} differs from the head {trained} that the "
+                                f"adapter {directory} was trained from: add --foundation_head {trained}")
     if not is_adapted(model):
         config = PeftConfig(**settings)
         check(model, config)
         return Start(config, origin)
-    config = settings_from(model.peft_config, settings)
+    config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
     go_on(eject(copy.deepcopy(model)), config, origin, model)
     return Start(config, origin, model)
 
 
-def check_head(adapted: nn.Module, args: argparse.Namespace, directory: str) -> None:
-    trained = adapted.peft_foundation.get("head")
-    if trained != args.foundation_head:
-        raise PeftError(f"--peft_adapter {directory} was trained from the foundation's head {trained}, and this run "
-                        f"takes {args.foundation_head}: add --foundation_head {trained}")
-
-
-def settings_from(adapter: PeftConfig, given: dict) -> PeftConfig:
+def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
     """The adapter's settings, with those given that may differ: where adapters go, and what trains along.
 
     Raises PeftError for another value of one that shapes the adapters.
@@ -73,8 +70,8 @@ def settings_from(adapter: PeftConfig, given: dict) -> PeftConfig:
     for name in ("method", "rank", "alpha", "gate", "init_std"):
         if name in given and given[name] != getattr(adapter, name):
             option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
-            raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter that the run starts from: "
-                            f"give {held}, or start from the foundation")
+            raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: give {held}, "
+                            "or start from the foundation")
     return dataclasses.replace(adapter, **given)
 
 

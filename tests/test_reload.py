@@ -65,6 +65,20 @@ def test_two_heads(inputs, tmp_path, case, train_also):
     assert model.heads == ["a", "b"]
 
 
+def test_a_head_of_a_foundation_that_has_several(tmp_path, capsys):
+    foundation = tiny_mace(heads=("pt_head", "other"), dtype=torch.float32)
+    inputs = write_inputs(tmp_path, FEWER_ELEMENTS, foundation)
+    options = {"peft": "mmea", "peft_rank": 2, "max_num_epochs": 1, "E0s": E0S[FEWER_ELEMENTS]}
+    train_here(inputs, work_dir=tmp_path / "first", foundation_head="other", **options)
+    assert_reloads(inputs, tmp_path / "first")
+    further = {"peft_adapter": tmp_path / "first" / f"{NAME}_adapter", **options}
+    train_here(inputs, work_dir=tmp_path / "second", foundation_head="other", **further)
+    assert_reloads(inputs, tmp_path / "second")
+    with pytest.raises(SystemExit):
+        train_here(inputs, work_dir=tmp_path / "third", foundation_head="pt_head", **further)
+    assert "add --foundation_head other" in capsys.readouterr().err
+
+
 def test_stage_two_and_the_moving_average(inputs, tmp_path):
     """What is saved is what was evaluated: the averaged adapters, of each stage its own."""
     train_here(inputs, "--ema", "--swa", work_dir=tmp_path, peft="mmea", peft_rank=2, max_num_epochs=2, start_swa=1,
