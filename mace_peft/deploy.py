@@ -16,7 +16,7 @@ from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 from torch import nn
 from tqdm import tqdm
 
-from mace_peft.config import PeftError, did_you_mean
+from mace_peft.config import PeftError, check_choice, did_you_mean
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import fold
 from mace_peft.loading import load_adapter
@@ -31,7 +31,8 @@ class AdaptedCalculator(MACECalculator):
     """
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
-        new = set((atoms or self.atoms).numbers.tolist()) - set(self.z_table.zs)
+        numbers = [] if atoms is None else atoms.numbers.tolist()
+        new = set(numbers) - set(self.z_table.zs)
         if new:
             raise PeftError(f"the structure has {symbols(new)}, and the adapter was trained for "
                             f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
@@ -58,6 +59,7 @@ def deployable(
     """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
     _, description, _ = read_adapter(adapter)
     dtype = dtype or description["dtype"]
+    check_choice("default_dtype", dtype, ("float32", "float64"))
     model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)
     # the dtype first: what narrows the elements divides weights
     return fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval()
@@ -86,7 +88,7 @@ FORMATS: dict[str, Callable[[nn.Module, Path, str], None]] = {
     "lammps": save_lammps,
     "lammps-mliap": save_lammps_mliap,
 }
-COMPILED = ("torchscript", "lammps")
+COMPILED = {"torchscript": "PyTorch", "lammps": "LAMMPS"}  # what loads these instead of MACE
 
 
 def export(foundation: str, adapter: str, out: str, format: str, head: str | None = None) -> str:
@@ -102,17 +104,17 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
     if not path.parent.is_dir() or path.is_dir():
         raise PeftError(f"{out} cannot be written, for {path.parent} is no directory or {out} is one: give a file name "
                         "in a directory that exists")
+    if path.exists() and Path(foundation).exists() and path.samefile(foundation):
+        raise PeftError(f"{out} is the foundation, which the adapter needs: give another file name")
     with tqdm(total=3, desc="load", disable=None) as progress:
         model = deployable(foundation, adapter)
         head = choose_head(model, head, format)
-        needs_us = is_adapted(model) and format not in COMPILED
+        needs = COMPILED.get(format, "mace-torch and mace-peft" if is_adapted(model) else "mace-torch")
         progress.update()
         progress.set_description(f"write {format}")
         write_whole(path, lambda unfinished: FORMATS[format](model, unfinished, head))
         progress.update(2)
-    need = "mace-torch and mace-peft" if needs_us else "LAMMPS" if format == "lammps" else "mace-torch"
-    need = "PyTorch" if format == "torchscript" else need
-    return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {need} to load"
+    return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"
 
 
 def choose_head(model: nn.Module, head: str | None, format: str) -> str:

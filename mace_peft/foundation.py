@@ -18,8 +18,8 @@ from torch import nn
 from mace_peft.config import PeftError, one_line
 
 
-def load_foundation(name: str, dtype: str) -> nn.Module:
-    """The MACE model of that file, or of a name that MACE knows, on the CPU.
+def load_foundation(name: str, dtype: str = "") -> nn.Module:
+    """The MACE model of that file, in its own dtype, or of a name that MACE knows, on the CPU.
 
     Raises PeftError if there is no such file, or if it holds no MACE model that can be adapted.
     """
@@ -40,6 +40,13 @@ def load_foundation(name: str, dtype: str) -> nn.Module:
     if "error" in extract_config_mace_model(model):
         raise PeftError(f"foundation model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
                         "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
+    return with_heads(model)
+
+
+def with_heads(model: nn.Module) -> nn.Module:
+    """Models that were saved before MACE had heads have one: say so, as newer ones do. Returns the model."""
+    if not hasattr(model, "heads"):
+        model.heads = ["Default"]
     return model
 
 

@@ -8,8 +8,7 @@ from prettytable import PrettyTable
 from torch import Tensor
 
 from mace_peft.foundation import load_foundation, symbols
-from mace_peft.injection import fingerprint
-from mace_peft.models import is_adapted, trainable_parameters
+from mace_peft.models import fingerprint, is_adapted, trainable_parameters
 from mace_peft.report import count
 from mace_peft.storage import CONFIG_FILE, TENSOR_FILE, describe, read_adapter
 
@@ -23,7 +22,7 @@ def info(path: str) -> str:
         _, description, tensors = read_adapter(path)
         size = sum((Path(path) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
         return adapter_info(f"adapter {path} ({size:,} bytes)", description, tensors)
-    model = load_foundation(path, "")
+    model = load_foundation(path)
     if Path(path).exists():
         path += f" ({Path(path).stat().st_size:,} bytes)"
     if is_adapted(model):

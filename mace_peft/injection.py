@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +16,9 @@ from mace_peft.models import (
     adapted_blocks,
     check_adapted,
     check_backend,
+    fingerprint,
     is_adapted,
+    known_originals,
     plain_class,
     settle,
     trainable_parameters,
@@ -43,24 +44,6 @@ def freeze(model: nn.Module) -> nn.Module:
     for parameter in trainable_parameters(model).values():
         parameter.requires_grad_(True)
     return model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the parameters by name, rounded to float32: the same for a model's float64 and float32 file.
-
-    Of an adapted model it is that of its base: without the adapters, and with ``train_also`` as it was before.
-    """
-    parameters = dict(model.named_parameters())
-    if is_adapted(model):
-        learnt = trainable_parameters(model)
-        for name in learnt:
-            del parameters[name]
-        parameters |= {name: original for name, original in known_originals(model).items() if name in learnt}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
@@ -101,20 +84,20 @@ def eject(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The base's predictions for a while: ``with disable_adapter(model): ...``.
+    """The base's predictions for a while: ``with disable_adapter(model): ...``. In there it counts as a plain model.
 
     Raises PeftError if there is no adapter.
     """
     check_adapted(model)
-    blocks = [(block, type(block)) for _, block in adapted_blocks(model)]
+    modules = [(module, type(module)) for module in (model, *dict(adapted_blocks(model)).values())]
     exchange(model)
     try:
-        for block, adapted in blocks:
-            block.__class__ = adapted.__bases__[-1]
+        for module, adapted in modules:
+            module.__class__ = adapted.__bases__[-1]
         yield model
     finally:
-        for block, adapted in blocks:
-            block.__class__ = adapted
+        for module, adapted in modules:
+            module.__class__ = adapted
         exchange(model)
 
 
@@ -122,19 +105,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def exchange(model: nn.Module) -> None:
     """Swap what trained along, and E0s, scale and shift of a loaded adapter, with what they were before."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, original in known_originals(model).items():
-        trained = tensors[name].clone()
+    for name, original in dict(known_originals(model)).items():
+        model.peft_originals[name] = tensors[name].detach().clone()
         tensors[name].copy_(original)
-        original.copy_(trained)
-
-
-def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``peft_originals`` of the model. Raises PeftError if one is lost, see ``AdaptedModel``."""
-    unknown = [name for name, original in model.peft_originals.items() if original is None]
-    if unknown:
-        raise PeftError(f"{unknown[0]} trained along, and its value before is not in this model, which MACE rebuilt "
-                        "from another: load the adapter onto its foundation instead")
-    return model.peft_originals
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -164,7 +137,7 @@ def fold(model: nn.Module) -> nn.Module:
         return forget(model)
     if updates:
         config = dataclasses.replace(model.peft_config, targets=",".join(gates))
-        settle(model, config, {"name": None, "fingerprint": fingerprint(model)})
+        settle(model, config, None)
     return model
 
 
@@ -175,6 +148,6 @@ def remove_adapter(block: Adapted) -> None:
 
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is plain MACE again."""
-    del model.peft_originals
+    del model.peft_originals, model.peft_foundation
     model.__class__ = plain_class(model)
     return model.requires_grad_(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from mace_peft.config import PeftError, one_line
-from mace_peft.foundation import first_E0s, rebuild, single_head
-from mace_peft.injection import eject, fingerprint, inject
-from mace_peft.models import is_adapted, trainable_parameters
+from mace_peft.foundation import first_E0s, rebuild, single_head, with_heads
+from mace_peft.injection import eject, inject
+from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.storage import ENERGIES, energy_buffers, read_adapter
 
 
@@ -26,15 +27,15 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights.
     """
     config, description, tensors = read_adapter(directory)
-    origin = description["foundation"]
-    held = foundation.peft_foundation["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
-    if held != origin["fingerprint"]:
-        raise PeftError(f"{directory} was trained from a foundation ({origin['name']!r}) whose weights differ from the "
-                        f"one given (fingerprints {origin['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
+    source = description["foundation"]
+    held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
+    if held != source["fingerprint"]:
+        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
+                        f"one given (fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
     try:
         with left_alone_on_error(foundation):
-            model = base_of(foundation, description)
-            inject(model, config, origin)
+            model = base_of(with_heads(foundation), description)
+            inject(model, config, source)
             fill(model, tensors, complete=True)
             set_energies(model, description)
     except PeftError as error:
@@ -53,15 +54,15 @@ def left_alone_on_error(model: nn.Module) -> Iterator[None]:
     if is_adapted(model):
         tensors = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
         energies = {name: buffer.clone() for name, buffer in energy_buffers(model).items()}
-        adapter = model.peft_config, model.peft_foundation, tensors, energies
+        adapter = model.peft_config, origin(model), tensors, energies
     try:
         yield
     except BaseException:
         if is_adapted(model):
             eject(model)
         if adapter is not None:
-            config, origin, tensors, energies = adapter
-            fill(inject(model, config, origin), tensors)
+            config, source, tensors, energies = adapter
+            fill(inject(model, config, source), tensors)
             set_energies(model, energies)
         for parameter, learns in learning.items():
             parameter.requires_grad_(learns)
@@ -89,18 +90,23 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], complete: bool = Fa
 def base_of(foundation: nn.Module, description: dict) -> nn.Module:
     """The foundation with the elements and heads of the description: itself where these are its own.
 
-    Raises PeftError where an adapted foundation would have to become another model.
+    Raises PeftError where an adapted foundation cannot become that.
     """
-    elements, heads = description["elements"], description["heads"]
+    elements, heads, source = description["elements"], description["heads"], description["foundation"]
     own = foundation.atomic_numbers.tolist() == elements and list(foundation.heads) == heads
     if is_adapted(foundation):
-        if not own:
-            raise PeftError("the adapter was trained for other elements or heads than the one that it would replace: "
-                            "load it onto the foundation")
-        return eject(foundation)
+        kept = origin(foundation).get("head") == source.get("head")
+        if not kept or (not own and len(foundation.heads) > 1):
+            raise PeftError("the adapter was trained for other heads than the one that it would replace: load it onto "
+                            "the foundation")
+        if own:
+            return eject(foundation)
+        foundation = eject(copy.deepcopy(foundation))
+    elif "head" in source and len(foundation.heads) > 1:
+        own = False  # a run gives the head that it takes to each of its own heads, also to one of the same name
     if own:
         return foundation
-    foundation = single_head(foundation, description["foundation"].get("head"))
+    foundation = single_head(foundation, source.get("head"))
     E0s = first_E0s(foundation)
     return rebuild(foundation, elements, heads, [[E0s.get(element) for element in elements]] * len(heads))
 

@@ -9,7 +9,9 @@ the same adapters for MACE to fill, and refuses parameters that would leave an a
 from __future__ import annotations
 
 import functools
+import hashlib
 
+import torch
 from torch import nn
 
 from mace_peft.adapted import Adapted
@@ -20,28 +22,38 @@ from mace_peft.targets import find_parameters, find_targets
 class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
-    With the class come ``peft_config``, the settings, and ``peft_foundation``, what the model started from: a dict of
-    name, head and fingerprint. The model has ``peft_originals``: the parameters of ``train_also``, and the E0s, scale
-    and shift that ``load_adapter`` replaces, as they were before; None for a parameter of a model that MACE rebuilt.
+    With the class come the settings, ``peft_config``. The model has ``peft_foundation``, what it started from (a dict
+    of name, head and fingerprint; None is its own base, see ``origin``), and ``peft_originals``: the parameters of
+    ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces, as they were before. A model that MACE
+    rebuilt has None for these parameters, and its E0s, scale and shift are those of its base.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.peft_foundation = None
         self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
         add_adapters(self, self.peft_config)
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
-        return restore, (plain_class(self), self.peft_config, self.peft_foundation), *state
+        return restore, (plain_class(self), self.peft_config), *state
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in torch, and raises PeftError if an adapter's tensor is missing or of another shape, strict or not."""
+    def load_state_dict(self, *args, **kwargs):
+        """As in torch; a base with other weights is the model's own origin from then on."""
+        before = self.peft_foundation and fingerprint(self)
+        result = super().load_state_dict(*args, **kwargs)
+        if before and fingerprint(self) != before:
+            self.peft_foundation = None
+        return result
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         shapes = {name: tensor.shape for name, tensor in state_dict.items()}
-        lost = [name for name, tensor in trainable_parameters(self).items() if shapes.get(name) != tensor.shape]
+        trained = trainable_parameters(self)
+        lost = [name for name, tensor in trained.items() if shapes.get(prefix + name) != tensor.shape]
         if lost:
             raise PeftError(f"{len(lost)} adapter tensors ({lost[0]}, ...) are missing or of another shape in what the "
                             "model is to be filled with: keep the model as it is, or merge an ELoRA adapter first")
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def adapt(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
@@ -53,9 +65,15 @@ def adapt(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
     settle(model, config, foundation)
 
 
-def settle(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
-    """Give the model the class that keeps these settings and this origin."""
-    model.__class__ = adapted_class(plain_class(model), config, tuple(foundation.items()))
+def settle(model: nn.Module, config: PeftConfig, foundation: dict | None) -> None:
+    """Give the model the class that keeps these settings, and this origin."""
+    model.__class__ = adapted_class(plain_class(model), config)
+    model.peft_foundation = foundation
+
+
+def origin(model: AdaptedModel) -> dict:
+    """What the model started from: name, head and fingerprint of its foundation, which may be its own base."""
+    return model.peft_foundation or {"name": None, "fingerprint": fingerprint(model)}
 
 
 def add_adapters(model: nn.Module, config: PeftConfig) -> None:
@@ -81,9 +99,8 @@ def check_backend(model: nn.Module) -> None:
 
 
 @functools.cache
-def adapted_class(plain: type[nn.Module], config: PeftConfig, foundation: tuple) -> type[AdaptedModel]:
-    attributes = {"peft_config": config, "peft_foundation": dict(foundation), "__module__": plain.__module__,
-                  "__doc__": plain.__doc__}
+def adapted_class(plain: type[nn.Module], config: PeftConfig) -> type[AdaptedModel]:
+    attributes = {"peft_config": config, "__module__": plain.__module__, "__doc__": plain.__doc__}
     return type(plain.__name__, (AdaptedModel, plain), attributes)
 
 
@@ -92,9 +109,9 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
     return type(model).__bases__[-1] if is_adapted(model) else type(model)
 
 
-def restore(plain: type[nn.Module], config: PeftConfig, foundation: dict) -> AdaptedModel:
+def restore(plain: type[nn.Module], config: PeftConfig) -> AdaptedModel:
     """An empty adapted model for ``pickle`` and ``copy`` to fill."""
-    cls = adapted_class(plain, config, tuple(foundation.items()))
+    cls = adapted_class(plain, config)
     return cls.__new__(cls)
 
 
@@ -124,3 +141,30 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
              block.adapter.named_parameters()}
     names.update(model.peft_originals)
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The ``peft_originals`` of the model. Raises PeftError if one is lost, see ``AdaptedModel``."""
+    unknown = [name for name, original in model.peft_originals.items() if original is None]
+    if unknown:
+        raise PeftError(f"{unknown[0]} trained along, and its value before is not in this model, which MACE rebuilt "
+                        "from another: load the adapter onto its foundation instead")
+    return model.peft_originals
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the parameters by name, rounded to float32: the same for a model's float64 and float32 file.
+
+    Of an adapted model it is that of its base: without the adapters, and with ``train_also`` as it was before.
+    """
+    parameters = dict(model.named_parameters())
+    if is_adapted(model):
+        learnt = trainable_parameters(model)
+        for name in learnt:
+            del parameters[name]
+        parameters |= {name: original for name, original in known_originals(model).items() if name in learnt}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -35,7 +35,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
 
     Raises PeftError if there is nothing to draw, or if something does not fit.
     """
-    model = load_adapter(load_foundation(foundation, ""), adapter)
+    model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
     updates = any(isinstance(block, LowRank) for _, block in adapted_blocks(model))
     if gains and structures is None:

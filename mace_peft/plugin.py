@@ -23,7 +23,7 @@ from mace_peft.injection import eject, fold, freeze
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory, add_options, check_options, read_settings, stop
 from mace_peft.report import summary
-from mace_peft.start import Start, check_elements, find_start, go_on
+from mace_peft.start import Start, check_elements, check_heads, find_start, go_on
 from mace_peft.storage import save_adapter
 
 
@@ -34,8 +34,8 @@ def refuse_adapted(configure_model):
     def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
         if foundation is not None and is_adapted(foundation):
             method = foundation.peft_config.method
-            stop(PeftError(f"--foundation_model {args.foundation_model} has {method} adapters, which a run without "
-                           f"--peft would lose: add --peft {method} to train them on, or give the foundation"))
+            raise PeftError(f"--foundation_model {args.foundation_model} has {method} adapters, which a run without "
+                            f"--peft would lose: add --peft {method} to train them on, or give the foundation")
         return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
 
     return configure
@@ -55,16 +55,14 @@ def install(run_train: types.ModuleType) -> None:
     def run(args):
         try:
             settings = read_settings(args)
-            if settings is not None:
-                check_options(args)
-                start = find_start(args, settings)
+            if settings is None:
+                with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
+                    return original_run(args)
+            check_options(args)
+            with FineTune(run_train, args, find_start(args, settings)).replaced_names():
+                return original_run(args)
         except PeftError as error:
             stop(error)
-        if settings is None:
-            with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
-                return original_run(args)
-        with FineTune(run_train, args, start).replaced_names():
-            return original_run(args)
 
     run.without_peft = original_run
     run_train.tools.build_default_arg_parser = build_default_arg_parser
@@ -79,6 +77,7 @@ class FineTune:
         self.run_train = run_train
         self.args = args
         self.start = start
+        self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
         self.model: nn.Module | None = None
         self.checkpoints: AdapterCheckpointHandler | None = None
 
@@ -101,31 +100,39 @@ class FineTune:
 
         mace-torch 0.3.16 fails if the foundation has another dtype.
         """
-        adapted = self.start.adapted
-        if adapted is not None and len(adapted.heads) == 1:
-            self.stop_on_error(check_elements, z_table.zs, adapted)
+        adapted = foundation_model if is_adapted(foundation_model) else self.start.adapted
+        if adapted is not None:
+            if len(adapted.heads) > 1:
+                raise PeftError(f"--E0s=estimated cannot choose among the adapter's heads {', '.join(adapted.heads)}: "
+                                "give the E0s, or start from the foundation")
+            check_elements(z_table.zs, adapted)
             foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
         model = foundation_model.to(torch.get_default_dtype())
         return original(foundation_model=model, foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
 
     # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
     def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
-        return self.original.remove_pt_head(foundation.to(torch.get_default_dtype()), head)
+        foundation = foundation.to(torch.get_default_dtype())
+        if is_adapted(foundation):  # what its readouts were before is known only here
+            self.base = self.original.remove_pt_head(eject(copy.deepcopy(foundation)), head)
+        return self.original.remove_pt_head(foundation, head)
 
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
         foundation = foundation.to(torch.get_default_dtype())
         adapted = foundation if is_adapted(foundation) else self.start.adapted
         if adapted is not None:
             elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
-            self.stop_on_error(check_elements, elements, adapted)
+            check_elements(elements, adapted)
+            check_heads(heads, adapted)
         if adapted is foundation:
-            foundation = eject(copy.deepcopy(adapted))
+            foundation = self.base or eject(copy.deepcopy(adapted))
         model, output_args = self.original.configure_model(
             args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
         if atomic_energies is not None:
             in_data = {head.head_name: head.z_table.zs for head in head_configs}
-            put_E0s_right(model, foundation, atomic_energies, [in_data[head] for head in heads])
-        new = self.stop_on_error(go_on, model, self.start.config, self.start.foundation, adapted)
+            known = first_E0s(foundation if adapted is None else adapted)
+            put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
+        new = go_on(model, self.start.config, self.start.foundation, adapted)
         self.model = model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         if adapted is not None:
@@ -135,13 +142,6 @@ class FineTune:
             logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
                             "--peft_train_also 'readouts.*'")
         return model, output_args
-
-    @staticmethod
-    def stop_on_error(function, *arguments):
-        try:
-            return function(*arguments)
-        except PeftError as error:
-            stop(error)
 
     def get_params_options(self, args, model: nn.Module) -> dict:
         """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
@@ -194,16 +194,15 @@ def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def put_E0s_right(model: nn.Module, foundation: nn.Module, atomic_energies, in_data: list[list[int]]) -> None:
+def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in_data: list[list[int]]) -> None:
     """Give the model the E0s (eV; heads x elements) that the run determined and logged.
 
     mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
     each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
-    take the foundation's E0.
+    take the E0 that is known of them.
     """
     held = model.atomic_energies_fn.atomic_energies
     elements = model.atomic_numbers.tolist()
-    known = first_E0s(foundation)
     wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
     for row, present in enumerate(in_data):
         for column, element in enumerate(elements):

@@ -12,9 +12,9 @@ from torch import nn
 
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.foundation import load_foundation, symbols
-from mace_peft.injection import check, eject, fingerprint, inject
+from mace_peft.injection import check, eject, inject
 from mace_peft.loading import fill, load_adapter
-from mace_peft.models import is_adapted, trainable_parameters
+from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
 
 
 @dataclasses.dataclass
@@ -42,23 +42,26 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
         if directory is not None:
             raise PeftError(f"--foundation_model {args.foundation_model} has an adapter already, and --peft_adapter "
                             f"{directory} is another: leave one out, or give the foundation")
-        origin = model.peft_foundation | ({} if model.peft_foundation["name"] else {"name": name})
+        source = dict(origin(model))
+        source["name"] = source["name"] or name
+        if len(model.heads) > 1:
+            source.setdefault("head", args.foundation_head)
     else:
-        origin = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
+        source = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
         if directory is not None:
             several = len(model.heads) > 1
             model = load_adapter(model.to(getattr(torch, args.default_dtype)), directory)
-            trained = model.peft_foundation.get("head")
+            trained = origin(model).get("head")
             if several and trained != args.foundation_head:
                 raise PeftError(f"--foundation_head {args.foundation_head} differs from the head {trained} that the "
                                 f"adapter {directory} was trained from: add --foundation_head {trained}")
     if not is_adapted(model):
         config = PeftConfig(**settings)
         check(model, config)
-        return Start(config, origin)
+        return Start(config, source)
     config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
-    go_on(eject(copy.deepcopy(model)), config, origin, model)
-    return Start(config, origin, model)
+    go_on(eject(copy.deepcopy(model)), config, source, model)
+    return Start(config, source, model)
 
 
 def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
@@ -75,12 +78,12 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
     return dataclasses.replace(adapter, **given)
 
 
-def go_on(model: nn.Module, config: PeftConfig, origin: dict, adapted: nn.Module | None) -> list[str]:
+def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module | None) -> list[str]:
     """Inject, and fill the adapters from those of the other model, if any; returns the names of what starts anew.
 
     Raises PeftError if something of the other model finds no place.
     """
-    inject(model, config, origin)
+    inject(model, config, source)
     tensors = {} if adapted is None else trainable_parameters(adapted)
     fill(model, tensors)
     return [name for name in trainable_parameters(model) if name not in tensors]
@@ -93,3 +96,11 @@ def check_elements(elements: list[int], adapted: nn.Module) -> None:
     if new:
         raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
                         f"{symbols(known)}): start from the foundation")
+
+
+def check_heads(heads: list[str], adapted: nn.Module) -> None:
+    """Raise PeftError if trained readouts would go to other heads than they were trained for."""
+    trained = [name for name in trainable_parameters(adapted) if name.startswith("readouts.")]
+    if trained and len(adapted.heads) > 1 and heads != list(adapted.heads):
+        raise PeftError(f"the run has the heads {', '.join(heads)}, and the adapter that it starts from trained "
+                        f"{trained[0]} for {', '.join(adapted.heads)}: name the heads so, in this order")

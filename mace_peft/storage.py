@@ -17,7 +17,7 @@ from torch import nn
 
 import mace_peft
 from mace_peft.config import PeftConfig, PeftError, one_line
-from mace_peft.models import trainable_parameters
+from mace_peft.models import origin, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -109,7 +109,7 @@ def describe(model: nn.Module) -> dict:
     return {
         "format": FORMAT,
         "peft": model.peft_config.to_dict(),
-        "foundation": model.peft_foundation,
+        "foundation": origin(model),
         "model_class": type(model).__name__,
         "elements": model.atomic_numbers.tolist(),
         "heads": list(getattr(model, "heads", ["Default"])),

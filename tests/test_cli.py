@@ -10,7 +10,7 @@ from runs import environment
 from tiny import configurations, randomise, tiny_mace
 
 from mace_peft import PeftConfig, cli, inject, merge, save_adapter, trainable_parameters
-from mace_peft.injection import fingerprint
+from mace_peft.models import fingerprint
 
 FOUNDATION = "foundation.model"
 

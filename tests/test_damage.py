@@ -291,7 +291,7 @@ def test_an_adapter_that_is_to_be_swapped_stays_if_the_other_is_refused(foundati
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     E0s = [[-9.0, -9.0, -9.0]]
     for edit in (lambda d: d.update(E0s=E0s, shift=None), lambda d: (d.update(E0s=E0s), d["peft"].update(rank=1)),
-                 lambda d: d["peft"].update(rank=99), lambda d: d.update(elements=[1, 6], E0s=[[-9.0, -9.0]])):
+                 lambda d: d["peft"].update(rank=99), lambda d: d.update(elements=[1, 7], E0s=[[-9.0, -9.0]])):
         with pytest.raises(PeftError, match="does not fit"):
             load_adapter(model, write(tmp_path / "bad", edited(saved, edit)))
         assert model.peft_config == SETTINGS

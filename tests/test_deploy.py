@@ -19,6 +19,7 @@ from mace_peft import (
     PeftConfig,
     PeftError,
     calculator,
+    cli,
     deploy,
     disable_adapter,
     eject,
@@ -28,8 +29,7 @@ from mace_peft import (
 )
 from mace_peft.deploy import export
 from mace_peft.foundation import rebuild
-from mace_peft.injection import fingerprint
-from mace_peft.models import is_adapted
+from mace_peft.models import fingerprint, is_adapted
 
 STRUCTURES = configurations(2)
 PERIODIC = configurations(1, periodic=True)
@@ -315,6 +315,23 @@ def test_a_head_is_chosen_for_lammps(tmp_path):
     assert [path.name for path in tmp_path.glob("*out*")] == []
     export(*arguments, "lammps", "pt_head")
     assert torch.jit.load(tmp_path / "out").head.item() == 0
+
+
+def test_an_export_does_not_replace_the_foundation(folder):
+    path = str(folder / "foundation.model")
+    before = (folder / "foundation.model").read_bytes()
+    with pytest.raises(PeftError, match="is the foundation"):
+        export(path, str(folder / "mmea-products"), path, "model")
+    assert (folder / "foundation.model").read_bytes() == before
+
+
+def test_the_command_knows_every_format():
+    assert cli.FORMATS == tuple(deploy.FORMATS)
+
+
+def test_a_dtype_that_torch_has_no_model_for_is_refused(folder):
+    with pytest.raises(PeftError, match="default_dtype 'float65' is unknown"):
+        calculator(folder / "foundation.model", folder / "mmea-products", default_dtype="float65")
 
 
 def test_an_export_that_fails_leaves_no_file(folder, tmp_path, monkeypatch):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mace.tools.scripts_utils import remove_pt_head
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, save_adapter
-from mace_peft.foundation import rebuild
-from mace_peft.injection import fingerprint
-from mace_peft.models import trainable_parameters
+from mace_peft.foundation import rebuild, single_head
+from mace_peft.models import fingerprint, trainable_parameters
 
 STRUCTURES = configurations(3)
 
@@ -108,6 +108,78 @@ def test_switched_off_and_ejected_a_loaded_adapter_leaves_the_foundation(tmp_pat
     eject(model)
     assert model is foundation and list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def two_headed(head, seed):
+    """An adapter as a run with ``--foundation_head`` trains it."""
+    foundation = tiny_mace(heads=("a", "b"))
+    origin = {"name": "tiny", "head": head, "fingerprint": fingerprint(foundation)}
+    model = rebuild(single_head(foundation, head), [1, 6, 8], ["Default"], [[-1.0, -2.0, -3.0]])
+    return randomise(inject(model, PeftConfig("mmea", rank=2), origin), seed)
+
+
+def test_an_adapter_of_another_head_is_not_swapped_in(tmp_path):
+    for seed, head in enumerate("ab"):
+        save_adapter(two_headed(head, seed), tmp_path / head)
+    model = load_adapter(tiny_mace(heads=("a", "b")), tmp_path / "a")
+    assert same(predict(model, STRUCTURES), predict(two_headed("a", 0), STRUCTURES))
+    with pytest.raises(PeftError, match="trained for other heads"):
+        load_adapter(model, tmp_path / "b")
+    assert same(predict(model, STRUCTURES), predict(two_headed("a", 0), STRUCTURES))
+
+
+def test_a_model_that_is_switched_off_is_a_plain_one(tmp_path):
+    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, train_also="readouts.*")))
+    save_adapter(model, tmp_path / "a")
+    with disable_adapter(model):
+        for attempt in (lambda: save_adapter(model, tmp_path / "a"), lambda: disable_adapter(model).__enter__(),
+                        lambda: eject(model), lambda: trainable_parameters(model)):
+            with pytest.raises(PeftError, match="has no adapters"):
+                attempt()
+    assert same(predict(load_adapter(tiny_mace(), tmp_path / "a"), STRUCTURES), predict(model, STRUCTURES))
+
+
+def test_switching_off_keeps_what_was_trained_in_a_finer_dtype():
+    model = inject(tiny_mace(dtype=torch.float32), PeftConfig("mmea", rank=2, train_also="readouts.*")).double()
+    randomise(model)
+    expected = predict(model, STRUCTURES)
+    with disable_adapter(model):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(predict(model, STRUCTURES), expected, strict=True))
+
+
+def test_a_model_of_other_weights_has_another_origin(tmp_path):
+    """What a state dict or a rebuild by MACE puts in may not be the foundation any more."""
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2))
+    model.load_state_dict(model.state_dict())
+    assert model.peft_foundation["fingerprint"] == fingerprint(tiny_mace())
+    other = inject(tiny_mace(seed=3), PeftConfig("mmea", rank=2))
+    model.load_state_dict(other.state_dict())
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(PeftError, match="weights differ"):
+        load_adapter(tiny_mace(), tmp_path / "a")
+    assert same(predict(load_adapter(tiny_mace(seed=3), tmp_path / "a"), STRUCTURES), predict(model, STRUCTURES))
+
+
+def test_a_rebuilt_model_is_its_own_origin(tmp_path):
+    model = randomise(inject(tiny_mace(heads=("a", "b")), PeftConfig("mmea", rank=2)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        single = remove_pt_head(model, "b")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    save_adapter(single, tmp_path / "a")
+    with pytest.raises(PeftError, match="weights differ"):
+        load_adapter(tiny_mace(heads=("a", "b")), tmp_path / "a")
+    expected = predict(single, STRUCTURES)
+    assert same(predict(load_adapter(eject(single), tmp_path / "a"), STRUCTURES), expected)
+
+
+def test_weights_that_would_lose_adapters_are_refused_inside_another_module():
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2))
+    state = {f"0.{name}": value for name, value in tiny_mace().state_dict().items()}
+    with pytest.raises(PeftError, match="products.0.adapter"):
+        torch.nn.Sequential(model).load_state_dict(state, strict=False)
 
 
 def test_other_weights_are_refused_and_left_alone(tmp_path):

@@ -9,6 +9,7 @@ from test_load import same
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import disable_adapter, load_adapter, trainable_parameters
+from mace_peft.info import info
 
 CASES = list(itertools.product(["mmea", "elora"], ["products", "linears", "published"]))
 HEADS = "{{'a': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{1}'}}, " \
@@ -77,6 +78,26 @@ def test_a_head_of_a_foundation_that_has_several(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_here(inputs, work_dir=tmp_path / "third", foundation_head="pt_head", **further)
     assert "add --foundation_head other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["a", "b"])
+def test_heads_of_the_run_that_are_named_as_those_of_the_foundation(tmp_path, head):
+    """MACE gives each head of the run the one head that it takes of the foundation."""
+    inputs = write_inputs(tmp_path, "CH3OH", tiny_mace(heads=("a", "b")))
+    heads = HEADS.format(inputs, E0S["CH3OH"], E0S["CH3OH"])
+    train_here(inputs, work_dir=tmp_path, foundation_head=head, peft="elora", peft_rank=2, max_num_epochs=1,
+               heads=heads, train_file=None, valid_file=None, test_file=None, E0s=None)
+    assert assert_reloads(inputs, tmp_path).heads == ["a", "b"]
+
+
+def test_a_foundation_from_before_heads(tmp_path):
+    foundation = tiny_mace()
+    inputs = write_inputs(tmp_path, FEWER_ELEMENTS, foundation)
+    del foundation.heads
+    torch.save(foundation, inputs / "foundation.model")
+    train_here(inputs, work_dir=tmp_path / "run", peft="mmea", peft_rank=2, max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
+    assert_reloads(inputs, tmp_path / "run")
+    assert "heads        Default" in info(str(inputs / "foundation.model"))
 
 
 def test_stage_two_and_the_moving_average(inputs, tmp_path):

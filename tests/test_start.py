@@ -102,6 +102,62 @@ def test_fewer_elements_go_on_where_the_adapters_do_not_depend_on_them(trained, 
     assert same(predict(load_adapter(default_foundation(), tmp_path / "saved"), water), predict(model, water))
 
 
+def two_heads(inputs, order="ab", **options):
+    heads = {name: {"train_file": str(inputs / "train.xyz"), "valid_file": str(inputs / "valid.xyz"),
+                    "E0s": E0S[MOLECULE]} for name in order}
+    return {"heads": str(heads), "train_file": None, "valid_file": None, "test_file": None, "E0s": None} | options
+
+
+@pytest.fixture(scope="module")
+def two_headed(tmp_path_factory):
+    """Inputs and a fine-tune with two heads, whose readouts train along."""
+    inputs = write_inputs(tmp_path_factory.mktemp("heads"))
+    train_here(inputs, **two_heads(inputs, peft="mmea", peft_rank=2, peft_train_also="readouts.*", max_num_epochs=1))
+    return inputs
+
+
+@pytest.mark.parametrize("head", ["a", "b"])
+def test_a_run_goes_on_from_one_head_of_a_model_that_has_several(two_headed, head, tmp_path):
+    trained = load(two_headed / "run.model")
+    train_here(two_headed, work_dir=tmp_path, peft="mmea", foundation_model=two_headed / "run.model",
+               foundation_head=head, max_num_epochs=1, lr=0.0)
+    model, structures = load(tmp_path / "run.model"), configurations(3)
+    for atoms in structures:
+        atoms.info["head"] = head
+    expected = predict(trained, structures)
+    for atoms in structures:
+        del atoms.info["head"]
+    assert same(predict(model, structures), expected)
+    loaded = load_adapter(load(two_headed / "foundation.model"), tmp_path / "run_adapter")
+    assert same(predict(loaded, structures), expected)
+
+
+def test_trained_readouts_do_not_go_to_another_head(two_headed, capsys):
+    adapter = two_headed / "run_adapter"
+    given = reach_training(two_headed, **two_heads(two_headed, peft="mmea", peft_adapter=adapter))
+    assert given["model"].heads == ["a", "b"]
+    for order in ("ba", "cd"):
+        with pytest.raises(SystemExit):
+            reach_training(two_headed, **two_heads(two_headed, order, peft="mmea", peft_adapter=adapter))
+        assert f"heads {', '.join(order)}" in capsys.readouterr().err
+
+
+def test_estimated_E0s_do_not_choose_a_head(two_headed, capsys):
+    with pytest.raises(SystemExit):
+        reach_training(two_headed, peft="mmea", peft_adapter=two_headed / "run_adapter", E0s="estimated")
+    assert "cannot choose among the adapter's heads a, b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["peft_adapter", "foundation_model"])
+def test_elements_outside_the_data_keep_the_E0s_of_the_start(trained, source, tmp_path):
+    write_inputs(tmp_path, FEWER_ELEMENTS)
+    first = results(trained["mmea", "products"], ("mmea", "products"))
+    path = {"peft_adapter": first / "run_adapter", "foundation_model": first / "run.model"}[source]
+    model = reach_training(tmp_path, peft="mmea", E0s=E0S[FEWER_ELEMENTS], foundation_model_elements=True,
+                           **{source: path})["model"]
+    assert model.atomic_energies_fn.atomic_energies.flatten().tolist() == [-0.7, -1.9, -2.6]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

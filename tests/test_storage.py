@@ -15,7 +15,7 @@ from tiny import medium_mace, randomise, tiny_mace
 
 import mace_peft
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
-from mace_peft.injection import fingerprint
+from mace_peft.models import fingerprint
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 

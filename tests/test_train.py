@@ -34,7 +34,7 @@ from runs import (
 from tiny import configurations, predict
 
 from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
-from mace_peft.injection import fingerprint
+from mace_peft.models import fingerprint
 from mace_peft.targets import find_targets, unit
 
 ATOMIC_ENERGIES = "atomic_energies_fn.atomic_energies"

@@ -42,7 +42,10 @@ def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, 
 
 
 def medium_mace():
-    """A model of MACE-OFF23-medium shape with three elements and random weights."""
+    """A model of MACE-OFF23-medium shape with three elements and random weights.
+
+    Where cuEquivariance is installed, MACE would take fewer paths for its contractions unless told.
+    """
     return modules.ScaleShiftMACE(
         r_max=5.0, num_bessel=8, num_polynomial_cutoff=5, max_ell=3,
         interaction_cls=modules.RealAgnosticResidualInteractionBlock,
@@ -50,7 +53,7 @@ def medium_mace():
         num_interactions=2, num_elements=3, hidden_irreps=o3.Irreps("128x0e+128x1o"), MLP_irreps=o3.Irreps("16x0e"),
         gate=torch.nn.functional.silu, atomic_energies=np.zeros(3), avg_num_neighbors=10.0, atomic_numbers=[1, 6, 8],
         correlation=3, radial_MLP=[64, 64, 64], radial_type="bessel", atomic_inter_scale=1.0, atomic_inter_shift=0.0,
-        heads=["Default"])
+        heads=["Default"], use_reduced_cg=False)
 
 
 def configurations(count=8, name="CH3OH", seed=0, periodic=False) -> list[Atoms]:
@@ -78,8 +81,9 @@ def batch(model, structures: list[Atoms]) -> dict:
     torch.set_default_dtype(dtype)
     try:
         table = tools.AtomicNumberTable(model.atomic_numbers.tolist())
-        dataset = [data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=table, cutoff=4.0,
-                                               heads=model.heads) for atoms in structures]
+        dataset = [data.AtomicData.from_config(
+            data.config_from_atoms(atoms, head_name=atoms.info.get("head", model.heads[-1])),
+            z_table=table, cutoff=4.0, heads=model.heads) for atoms in structures]
         loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=len(dataset), shuffle=False)
         return next(iter(loader)).to_dict()
     finally:
