@@ -148,6 +148,6 @@ def remove_adapter(block: Adapted) -> None:
 
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is plain MACE again."""
-    del model.peft_originals, model.peft_foundation
+    del model.peft_originals, model.peft_foundation, model.peft_base
     model.__class__ = plain_class(model)
     return model.requires_grad_(True)

@@ -23,28 +23,21 @@ class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
     With the class come the settings, ``peft_config``. The model has ``peft_foundation``, what it started from (a dict
-    of name, head and fingerprint; None is its own base, see ``origin``), and ``peft_originals``: the parameters of
-    ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces, as they were before. A model that MACE
-    rebuilt has None for these parameters, and its E0s, scale and shift are those of its base.
+    of name, head and fingerprint; None is its own base, see ``origin``); ``peft_base``, the fingerprint of its base
+    then; and ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter``
+    replaces, as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift
+    are those of its base.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.peft_foundation = None
+        self.peft_foundation = self.peft_base = None
         self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
         add_adapters(self, self.peft_config)
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
         return restore, (plain_class(self), self.peft_config), *state
-
-    def load_state_dict(self, *args, **kwargs):
-        """As in torch; a base with other weights is the model's own origin from then on."""
-        before = self.peft_foundation and fingerprint(self)
-        result = super().load_state_dict(*args, **kwargs)
-        if before and fingerprint(self) != before:
-            self.peft_foundation = None
-        return result
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shapes = {name: tensor.shape for name, tensor in state_dict.items()}
@@ -69,11 +62,17 @@ def settle(model: nn.Module, config: PeftConfig, foundation: dict | None) -> Non
     """Give the model the class that keeps these settings, and this origin."""
     model.__class__ = adapted_class(plain_class(model), config)
     model.peft_foundation = foundation
+    model.peft_base = fingerprint(model)
 
 
 def origin(model: AdaptedModel) -> dict:
-    """What the model started from: name, head and fingerprint of its foundation, which may be its own base."""
-    return model.peft_foundation or {"name": None, "fingerprint": fingerprint(model)}
+    """What the model started from: name, head and fingerprint of its foundation.
+
+    That is the model's own base where its weights are no longer those it had: trained, loaded, or rebuilt by MACE.
+    """
+    base = fingerprint(model)
+    known = model.peft_foundation is not None and model.peft_base == base
+    return model.peft_foundation if known else {"name": None, "fingerprint": base}
 
 
 def add_adapters(model: nn.Module, config: PeftConfig) -> None:

@@ -161,6 +161,15 @@ def test_a_model_of_other_weights_has_another_origin(tmp_path):
     assert same(predict(load_adapter(tiny_mace(seed=3), tmp_path / "a"), STRUCTURES), predict(model, STRUCTURES))
 
 
+def test_an_adapter_beside_a_base_that_was_trained_does_not_go_with_the_foundation(tmp_path):
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2))
+    with torch.no_grad():
+        model.products[0].linear.weight += 1e-3
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(PeftError, match="weights differ"):
+        load_adapter(tiny_mace(), tmp_path / "a")
+
+
 def test_a_rebuilt_model_is_its_own_origin(tmp_path):
     model = randomise(inject(tiny_mace(heads=("a", "b")), PeftConfig("mmea", rank=2)))
     torch.set_default_dtype(torch.float64)
