@@ -101,9 +101,10 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
     Raises PeftError if something does not fit. The file is there complete, or not at all.
     """
     path = Path(out)
-    if not path.parent.is_dir() or path.is_dir():
-        raise PeftError(f"{out} cannot be written, for {path.parent} is no directory or {out} is one: give a file name "
-                        "in a directory that exists")
+    if not path.parent.is_dir():
+        raise PeftError(f"{out} cannot be written, for {path.parent} is no directory: make it, or give another path")
+    if path.is_dir():
+        raise PeftError(f"{out} cannot be written, for it is a directory: give the name of a file")
     if path.exists() and Path(foundation).exists() and path.samefile(foundation):
         raise PeftError(f"{out} is the foundation, which the adapter needs: give another file name")
     with tqdm(total=3, desc="load", disable=None) as progress:

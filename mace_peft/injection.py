@@ -33,8 +33,8 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     (``{"name", "head", "fingerprint"}``), by default the model itself. Raises PeftError where ``check`` does, and then
     leaves the model as it was.
     """
-    check(model, config)
-    adapt(model, config, foundation or {"name": None, "fingerprint": fingerprint(model)})
+    targets = check(model, config)
+    adapt(model, targets, config, foundation or {"name": None, "fingerprint": fingerprint(model)})
     return freeze(model)
 
 

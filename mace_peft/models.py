@@ -33,7 +33,8 @@ class AdaptedModel(nn.Module):
         super().__init__(*args, **kwargs)
         self.peft_foundation = self.peft_base = None
         self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
-        add_adapters(self, self.peft_config)
+        check_backend(self)
+        add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -49,11 +50,11 @@ class AdaptedModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def adapt(model: nn.Module, config: PeftConfig, foundation: dict) -> None:
-    """Put the adapters of the settings into a plain model and give it the class that keeps them."""
+def adapt(model: nn.Module, targets: dict[str, type], config: PeftConfig, foundation: dict) -> None:
+    """Put adapters into the targets of a plain model, and give it the class that keeps them."""
     originals = {name: model.get_parameter(name).detach().clone() for name in
                  find_parameters(model, config.train_also)}
-    add_adapters(model, config)
+    add_adapters(model, targets, config)
     model.peft_originals = originals
     settle(model, config, foundation)
 
@@ -75,13 +76,9 @@ def origin(model: AdaptedModel) -> dict:
     return model.peft_foundation if known else {"name": None, "fingerprint": base}
 
 
-def add_adapters(model: nn.Module, config: PeftConfig) -> None:
-    """Give each target its adapter, in the dtype and on the device of the block.
-
-    Raises PeftError for a model of an accelerated backend.
-    """
-    check_backend(model)
-    for name, adapted in find_targets(model, config).items():
+def add_adapters(model: nn.Module, targets: dict[str, type], config: PeftConfig) -> None:
+    """Give each target (``find_targets``) its adapter, in the dtype and on the device of the block."""
+    for name, adapted in targets.items():
         block = model.get_submodule(name)
         weight = next(block.parameters())
         block.adapter = adapted.make_adapter(block, config).to(weight.device, weight.dtype)
