@@ -17,9 +17,9 @@ import torch
 from e3nn import nn as e3nn_nn
 from e3nn import o3
 from e3nn.util.jit import compile_mode
+from mace.modules import radial, symmetric_contraction
 from mace.modules.blocks import EquivariantProductBasisBlock
-from mace.modules.radial import RadialMLP
-from mace.modules.symmetric_contraction import Contraction, EmptyParam, SymmetricContraction
+from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from torch import Tensor, nn
 
 from mace_peft.config import PeftConfig
@@ -27,7 +27,11 @@ from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdat
 
 RadialLayer = type(e3nn_nn.FullyConnectedNet([1, 1])[0])
 # modules that are one thing to a user, though their parts are adapted one by one
-COMPOSITES = (e3nn_nn.FullyConnectedNet, RadialMLP, SymmetricContraction)
+COMPOSITES = (e3nn_nn.FullyConnectedNet, SymmetricContraction)
+# mace-torch 0.3.14 and later
+if hasattr(radial, "RadialMLP"):
+    COMPOSITES += (radial.RadialMLP,)
+EMPTY = getattr(symmetric_contraction, "EmptyParam", ())
 
 
 class Adapted(nn.Module):
@@ -176,7 +180,7 @@ class LowRankContraction(LowRank, Contraction):
     @staticmethod
     def make_adapter(block: Contraction, config: PeftConfig) -> ContractionUpdate:
         # MACE marks weights of paths that do not exist as EmptyParam: they stay zero
-        lower = {f"weights.{i}": w.shape for i, w in enumerate(block.weights) if not isinstance(w, EmptyParam)}
+        lower = {f"weights.{i}": w.shape for i, w in enumerate(block.weights) if not isinstance(w, EMPTY)}
         return ContractionUpdate(block.weights_max.shape, lower, config.rank, config.alpha)
 
     @staticmethod

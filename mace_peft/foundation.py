@@ -53,9 +53,9 @@ def with_heads(model: nn.Module) -> nn.Module:
 def load_by_name(name: str, dtype: str) -> nn.Module:
     """Load as ``mace_run_train`` does, in the same order of preference."""
     options = {"device": "cpu", "default_dtype": dtype, "return_raw_model": True}
-    if name in foundations_models.polar_model_names:
+    if name in getattr(foundations_models, "polar_model_names", ()):  # mace-torch 0.3.16 and later
         return foundations_models.mace_polar(model=name, **options)
-    if name in foundations_models.mace_mp_names:
+    if name in getattr(foundations_models, "mace_mp_names", ("small", "medium", "large")):  # those of 0.3.13
         return foundations_models.mace_mp(model=name, **options)
     if name in ("small_off", "medium_off", "large_off"):
         return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
@@ -87,7 +87,6 @@ def rebuild(
     if missing:
         raise PeftError(f"the foundation does not know {symbols(missing)}, which the adapter was trained for: use the "
                         "foundation that it was trained from")
-    weight = next(foundation.parameters())
     with default_dtype_of(foundation):
         config = extract_config_mace_model(foundation)
         config |= {
@@ -95,10 +94,9 @@ def rebuild(
             "atomic_energies": np.array(atomic_energies),
             "atomic_inter_scale": [1.0] * len(heads), "atomic_inter_shift": [0.0] * len(heads),
         }
-        model = load_foundations_elements(
-            type(foundation)(**config), foundation, AtomicNumberTable(elements), load_readout=True,
-            max_L=config["hidden_irreps"].lmax, default_dtype=weight.dtype)
-    return model.to(weight.device)
+        model = load_foundations_elements(type(foundation)(**config), foundation, AtomicNumberTable(elements),
+                                          load_readout=True, max_L=config["hidden_irreps"].lmax)
+    return model.to(next(foundation.parameters()).device)
 
 
 def single_head(foundation: nn.Module, head: str | None) -> nn.Module:

@@ -1,44 +1,21 @@
-"""mace-peft inside ``mace_run_train``: the only module that knows the seams of ``mace.cli.run_train``.
+"""mace-peft inside ``mace_run_train``: the options, and what a run does with and without ``--peft``.
 
-``install`` wraps two names: the parser, and ``run``. A run without ``--peft`` is MACE's own. A run with ``--peft``
-replaces, while it lasts, a few names of run_train by the methods of ``FineTune``.
+``install`` wraps two names: the parser, and ``run``. What ``run`` needs for ``--peft`` is imported only then, and only
+for a mace-torch that is supported: every other run is MACE's own, whatever its version.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import logging
 import types
 from collections.abc import Iterator
+from importlib import metadata
 
-import torch
-from torch import nn
+from mace_peft.config import PeftError
+from mace_peft.options import add_options, check_options, read_settings, stop
 
-from mace_peft.checkpoints import AdapterCheckpointHandler
-from mace_peft.config import PeftError, one_line
-from mace_peft.foundation import first_E0s
-from mace_peft.injection import eject, fold, freeze
-from mace_peft.models import is_adapted, trainable_parameters
-from mace_peft.options import adapter_directory, add_options, check_options, read_settings, stop
-from mace_peft.report import summary
-from mace_peft.start import Start, check_elements, check_heads, find_start, go_on
-from mace_peft.storage import save_adapter
-
-
-def refuse_adapted(configure_model):
-    """MACE's ``configure_model`` for a run without ``--peft``, which would drop the adapters of its foundation."""
-
-    @functools.wraps(configure_model)
-    def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
-        if foundation is not None and is_adapted(foundation):
-            method = foundation.peft_config.method
-            raise PeftError(f"--foundation_model {args.foundation_model} has {method} adapters, which a run without "
-                            f"--peft would lose: add --peft {method} to train them on, or give the foundation")
-        return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
-
-    return configure
+SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
 
 def install(run_train: types.ModuleType) -> None:
@@ -58,7 +35,11 @@ def install(run_train: types.ModuleType) -> None:
             if settings is None:
                 with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
                     return original_run(args)
+            check_version()
             check_options(args)
+            from mace_peft.finetune import FineTune
+            from mace_peft.start import find_start
+
             with FineTune(run_train, args, find_start(args, settings)).replaced_names():
                 return original_run(args)
         except PeftError as error:
@@ -69,118 +50,27 @@ def install(run_train: types.ModuleType) -> None:
     run_train.run = run
 
 
-class FineTune:
-    """One run with ``--peft``: its methods stand in for names of run_train, see ``replaced_names``."""
+def check_version() -> None:
+    """Raise PeftError if the mace-torch that is installed is none that ``--peft`` has been tested with."""
+    version = metadata.version("mace-torch")
+    if version not in SUPPORTED:
+        raise PeftError(f"mace-torch {version} is not supported by this mace-peft, which knows {', '.join(SUPPORTED)}: "
+                        f"install one of them (pip install mace-torch=={SUPPORTED[-1]}), or a newer mace-peft")
 
-    def __init__(self, run_train: types.ModuleType, args, start: Start):
-        self.original = types.SimpleNamespace(**vars(run_train))
-        self.run_train = run_train
-        self.args = args
-        self.start = start
-        self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
-        self.model: nn.Module | None = None
-        self.checkpoints: AdapterCheckpointHandler | None = None
 
-    @contextlib.contextmanager
-    def replaced_names(self) -> Iterator[None]:
-        """Replace the names in run_train, and in the two packages that it reaches through a module."""
-        run_train = self.run_train
-        with contextlib.ExitStack() as stack:
-            for name in ("remove_pt_head", "configure_model", "get_params_options", "ExponentialMovingAverage", "LBFGS",
-                         "deepcopy"):
-                stack.enter_context(replaced(run_train, name, getattr(self, name)))
-            stack.enter_context(replaced(run_train, "jit", types.SimpleNamespace(compile=self.compile)))
-            stack.enter_context(replaced(run_train.tools, "CheckpointHandler", self.CheckpointHandler))
-            estimate = functools.partial(self.estimate_e0s, run_train.data.estimate_e0s_from_foundation)
-            stack.enter_context(replaced(run_train.data, "estimate_e0s_from_foundation", estimate))
-            yield
+def refuse_adapted(configure_model):
+    """MACE's ``configure_model`` for a run without ``--peft``, which would drop the adapters of its foundation."""
 
-    def estimate_e0s(self, original, foundation_model: nn.Module, foundation_e0s: dict, z_table, **kwargs):
-        """``--E0s=estimated`` from the model that the run starts from, in the run's dtype.
+    @functools.wraps(configure_model)
+    def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
+        config = getattr(foundation, "peft_config", None)
+        if config is not None:
+            raise PeftError(f"--foundation_model {args.foundation_model} has {config.method} adapters, which a run "
+                            f"without --peft would lose: add --peft {config.method} to train them on, or give the "
+                            "foundation")
+        return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
 
-        mace-torch 0.3.16 fails if the foundation has another dtype.
-        """
-        adapted = foundation_model if is_adapted(foundation_model) else self.start.adapted
-        if adapted is not None:
-            if len(adapted.heads) > 1:
-                raise PeftError(f"--E0s=estimated cannot choose among the adapter's heads {', '.join(adapted.heads)}: "
-                                "give the E0s, or start from the foundation")
-            check_elements(z_table.zs, adapted)
-            foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
-        model = foundation_model.to(torch.get_default_dtype())
-        return original(foundation_model=model, foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
-
-    # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
-    def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
-        foundation = foundation.to(torch.get_default_dtype())
-        if is_adapted(foundation):  # what its readouts were before is known only here
-            self.base = self.original.remove_pt_head(eject(copy.deepcopy(foundation)), head)
-        return self.original.remove_pt_head(foundation, head)
-
-    def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
-        foundation = foundation.to(torch.get_default_dtype())
-        adapted = foundation if is_adapted(foundation) else self.start.adapted
-        if adapted is not None:
-            elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
-            check_elements(elements, adapted)
-            check_heads(heads, adapted)
-        if adapted is foundation:
-            foundation = self.base or eject(copy.deepcopy(adapted))
-        model, output_args = self.original.configure_model(
-            args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
-        if atomic_energies is not None:
-            in_data = {head.head_name: head.z_table.zs for head in head_configs}
-            known = first_E0s(foundation if adapted is None else adapted)
-            put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
-        new = go_on(model, self.start.config, self.start.foundation, adapted)
-        self.model = model
-        logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
-        if adapted is not None:
-            source = getattr(args, "peft_adapter", None) or args.foundation_model
-            logging.info(f"The adapters go on from {source}; {len(new)} of their tensors are new")
-        if len(heads) > 1 and not any(p.requires_grad for p in model.readouts.parameters()):
-            logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
-                            "--peft_train_also 'readouts.*'")
-        return model, output_args
-
-    def get_params_options(self, args, model: nn.Module) -> dict:
-        """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
-        options = self.original.get_params_options(args, model)
-        left = {id(parameter): parameter for parameter in trainable_parameters(model).values()}
-        for group in options["params"]:
-            group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
-        groups = [group for group in options["params"] if group["params"]]
-        if left:
-            groups.append({"name": "other", "params": list(left.values()), "weight_decay": 0.0})
-        return {**options, "params": groups}
-
-    def ExponentialMovingAverage(self, parameters, **kwargs):
-        return self.original.ExponentialMovingAverage(trainable_parameters(self.model).values(), **kwargs)
-
-    def LBFGS(self, parameters, **kwargs):
-        return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
-
-    def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
-        self.checkpoints = AdapterCheckpointHandler(*args, config=self.start.config, options=self.args, **kwargs)
-        return self.checkpoints
-
-    def deepcopy(self, value):
-        """The copy of the trained model that MACE saves: adapters go to their directory, updates into the weights."""
-        duplicate = copy.deepcopy(value)
-        if value is not self.model:
-            return duplicate
-        stage = "_stagetwo" if self.checkpoints.stage_two else ""
-        logging.info(f"Saved the adapter to {save_adapter(value, adapter_directory(self.args, stage))}")
-        # MACE freezes or frees all parameters for its error tables
-        return fold(freeze(duplicate))
-
-    def compile(self, model: nn.Module):
-        """MACE hides a model that does not compile: say so."""
-        try:
-            return self.original.jit.compile(model)
-        except Exception as error:
-            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
-            raise
+    return configure
 
 
 @contextlib.contextmanager
@@ -192,23 +82,3 @@ def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in_data: list[list[int]]) -> None:
-    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
-
-    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
-    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
-    take the E0 that is known of them.
-    """
-    held = model.atomic_energies_fn.atomic_energies
-    elements = model.atomic_numbers.tolist()
-    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
-    for row, present in enumerate(in_data):
-        for column, element in enumerate(elements):
-            if element not in present:
-                wanted[row, column] = known[element]
-    wanted = wanted.reshape(held.shape)
-    if not torch.equal(held, wanted):
-        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}")
-        held.copy_(wanted)

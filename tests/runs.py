@@ -16,6 +16,7 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import torch
+from forks import Forked
 from mace.cli import run_train
 from safetensors.torch import load_file
 from tiny import configurations, tiny_mace
@@ -127,14 +128,24 @@ def start(folder: Path, argv: list[str], hook: bool = True) -> subprocess.Popen:
                                 stderr=stderr)
 
 
-def call(folder: Path, argv: list[str], hook: bool = True) -> Run:
-    """Run the command with these arguments in a process of its own."""
-    returncode = start(folder, argv, hook).wait(timeout=600)
+def finish(folder: Path, process) -> Run:
+    """Wait for the command that runs in the folder."""
+    returncode = process.wait(timeout=600)
     return Run(folder, returncode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
+def call(folder: Path, argv: list[str], hook: bool = True) -> Run:
+    """Run the command with these arguments in an interpreter of its own, as users do."""
+    return finish(folder, start(folder, argv, hook))
+
+
+def fork(folder: Path, *flags: str, **options) -> Run:
+    """Fine-tune in a process of its own, without the seconds that imports take."""
+    return finish(folder, Forked(folder, arguments(folder, *flags, **options)))
+
+
 def train(folder: Path, *flags: str, hook: bool = True, **options) -> Run:
-    """Fine-tune in a process of its own."""
+    """Fine-tune in an interpreter of its own."""
     return call(folder, arguments(folder, *flags, **options), hook)
 
 

@@ -160,7 +160,7 @@ def test_published_are_linears_tensor_products_radial_mlps_and_contractions(mode
     ("readouts.1.linear_1,node_embedding.linear", ["node_embedding.linear", "readouts.1.linear_1"]),
     (" readouts.0 , readouts.*.linear ,", ["readouts.0.linear"]),
     ("readouts.*", ["readouts.0.linear", "readouts.1.linear_1", "readouts.1.linear_2"]),
-    ("interactions.1.conv_tp_weights", [f"interactions.1.conv_tp_weights.layer{i}" for i in range(3)]),
+    ("interactions.1.conv_tp_weights", [f"interactions.1.conv_tp_weights.layer{i}" for i in range(4)]),
     ("products.1.symm*", ["products.1.symmetric_contractions.contractions.0"]),
 ])
 def test_patterns_name_modules_or_what_contains_them(model, method, patterns, expected):
@@ -293,7 +293,7 @@ def test_the_parts_of_a_composite_go_by_its_name(model, name, expected):
     ("elora", "interactions.1.linear", 4, "interactions.1.linear"),  # 12 in, 4 out
     ("elora", "readouts.1.linear_2", 1, "readouts.1.linear_2"),
     ("elora", "interactions.1.skip_tp", 4, "interactions.1.skip_tp"),  # 4 * 3 elements in, 4 out
-    ("elora", "interactions.0.conv_tp_weights", 8, "interactions.0.conv_tp_weights.layer1"),  # [4, 8, 8, 12]
+    ("elora", "interactions.0.conv_tp_weights", 8, "interactions.0.conv_tp_weights.layer1"),  # [4, 8, 8, 8, 12]
 ])
 def test_a_rank_that_is_too_large_names_the_largest_of_use(model, method, targets, largest, widest):
     message = refusal(inject, model, PeftConfig(method, rank=largest + 1, targets=targets))

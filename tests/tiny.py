@@ -35,7 +35,7 @@ def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, 
             hidden_irreps=(channels * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
             MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
             avg_num_neighbors=3.0, atomic_numbers=list(elements),
-            atomic_energies=atomic_energies, correlation=correlation, radial_MLP=[8, 8], radial_type="bessel",
+            atomic_energies=atomic_energies, correlation=correlation, radial_MLP=[8, 8, 8], radial_type="bessel",
             heads=list(heads), **options)
     finally:
         torch.set_default_dtype(before)
