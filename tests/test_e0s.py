@@ -10,11 +10,14 @@ import ase.io
 import pytest
 import torch
 from ase import Atoms
+from mace import data
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, Run, reach_training, write_inputs
 from tiny import tiny_mace
 
 FOUNDATION_E0S = {1: -1.0, 6: -2.0, 8: -3.0}
 PUT_RIGHT = "E0s put right"
+ESTIMATED = pytest.mark.since("0.3.15")
+EVERY = pytest.mark.parametrize("E0s", [pytest.param("estimated", marks=ESTIMATED), "average", "given"])
 
 
 @pytest.fixture(params=[MOLECULE, FEWER_ELEMENTS], ids=["all_elements", "fewer_elements"])
@@ -29,7 +32,7 @@ def fine_tune(folder, **options) -> tuple[dict[int, float], Run]:
     return dict(zip(model.atomic_numbers.tolist(), energies, strict=True)), Run(folder / "reached")
 
 
-@pytest.mark.parametrize("E0s", ["estimated", "average", "given"])
+@EVERY
 def test_the_model_holds_the_E0s_that_the_log_prints(tmp_path, molecule, E0s):
     write_inputs(tmp_path, molecule)
     held, run = fine_tune(tmp_path, E0s=E0S[molecule] if E0s == "given" else E0s)
@@ -39,7 +42,7 @@ def test_the_model_holds_the_E0s_that_the_log_prints(tmp_path, molecule, E0s):
     assert run.log.count(PUT_RIGHT) == (molecule == MOLECULE)
 
 
-@pytest.mark.parametrize("E0s", ["estimated", "average", "given"])
+@EVERY
 def test_elements_that_the_data_lack_keep_the_E0s_of_the_foundation(tmp_path, E0s):
     """With ``--foundation_model_elements``; the log prints those of the data alone."""
     write_inputs(tmp_path, FEWER_ELEMENTS)
@@ -47,6 +50,13 @@ def test_elements_that_the_data_lack_keep_the_E0s_of_the_foundation(tmp_path, E0
     assert held == {6: FOUNDATION_E0S[6]} | run.printed_E0s()
     assert all(energy != FOUNDATION_E0S[z] for z, energy in run.printed_E0s().items())
     assert run.log.count(PUT_RIGHT) == 1
+
+
+def test_E0s_that_this_mace_cannot_estimate_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(data, "estimate_e0s_from_foundation", raising=False)
+    with pytest.raises(SystemExit):
+        reach_training(write_inputs(tmp_path), peft="mmea", peft_rank=2, E0s="estimated")
+    assert "--E0s estimated needs mace-torch 0.3.15 or later" in capsys.readouterr().err
 
 
 def test_the_model_holds_the_energies_of_isolated_atoms(tmp_path):
@@ -64,6 +74,7 @@ def test_the_E0s_of_the_foundation_need_no_putting_right(tmp_path):
     assert PUT_RIGHT not in run.log
 
 
+@ESTIMATED
 def test_a_foundation_of_another_dtype_estimates_the_same_E0s(tmp_path, molecule):
     """The same as in double precision, up to the precision of float32; the model holds them in its own dtype."""
     model = tiny_mace(dtype=torch.float32)

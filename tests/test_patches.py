@@ -3,16 +3,25 @@
 import os
 import shutil
 import subprocess
+import sys
 from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+from runs import Run, arguments, environment, write_inputs
 from scratch import REPOSITORY, Scratch, copy_sources
+
+from mace_peft import PeftConfig
+from mace_peft.plugin import SUPPORTED
 
 VERSION = metadata.version("mace-torch")
 PATCH = REPOSITORY / "patches" / f"mace-torch-{VERSION}.diff"
 
-pytestmark = pytest.mark.skipif(not PATCH.exists(), reason=f"no patch for mace-torch {VERSION}")
+def test_every_supported_release_has_a_patch():
+    """Each is applied to its release where that is installed: ``nox`` runs the tests with every one."""
+    patches = {path.stem.removeprefix("mace-torch-") for path in PATCH.parent.glob("*.diff")}
+    assert patches == set(SUPPORTED)
+    assert PATCH.exists()
 
 
 @pytest.fixture
@@ -32,18 +41,29 @@ def apply(program, run_train):
     subprocess.run([*program, "-p1"], cwd=root, env=environment, stdin=PATCH.open(), check=True)
 
 
-@pytest.mark.parametrize("program", [("patch", "--fuzz=0"), ("git", "apply")], ids=lambda program: program[0])
+PROGRAMS = [program for program in (("patch", "--fuzz=0"), ("git", "apply")) if shutil.which(program[0])]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[0])
 def test_the_patch_applies(program, run_train):
-    if shutil.which(program[0]) is None:
-        pytest.skip(f"no {program[0]} here")
     assert "load_plugins" not in run_train.read_text()
     apply(program, run_train)
     assert "load_plugins" in run_train.read_text()
 
 
 def test_the_patched_command_finds_the_plugin(run_train, tmp_path):
-    apply(("git", "apply"), run_train)
+    apply(PROGRAMS[-1], run_train)
     scratch = Scratch(tmp_path / "env", see_packages=True)
     scratch.install(copy_sources(tmp_path / "sources"))
     (scratch.site / "mace_peft.pth").unlink()
     assert "--peft" in scratch.run(str(run_train), "--help").stdout
+
+
+def test_the_patched_command_fine_tunes_with_the_hook_off(run_train, tmp_path):
+    apply(PROGRAMS[-1], run_train)
+    folder = write_inputs(tmp_path / "run")
+    argv = arguments(folder, peft="mmea", peft_rank=2, max_num_epochs=1)
+    done = subprocess.run([sys.executable, "-S", run_train, *argv], cwd=folder, capture_output=True, text=True,
+                          env=environment(PYTHONPATH=os.pathsep.join(sys.path)), timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert Run(folder).adapter_tensors() and Run(folder).model().peft_config == PeftConfig("mmea", rank=2)

@@ -79,6 +79,7 @@ def test_a_run_may_adapt_more_than_it_starts_from(trained):
     assert same(predict(model, STRUCTURES), predict(load(first / "run.model"), STRUCTURES))
 
 
+@pytest.mark.since("0.3.15")
 def test_E0s_are_estimated_with_the_adapter(trained):
     """They make the mean error of the model that the run starts from zero on its training set, of one molecule."""
     case = ("mmea", "published")
@@ -142,6 +143,7 @@ def test_trained_readouts_do_not_go_to_another_head(two_headed, capsys):
         assert f"heads {', '.join(order)}" in capsys.readouterr().err
 
 
+@pytest.mark.since("0.3.15")
 def test_estimated_E0s_do_not_choose_a_head(two_headed, capsys):
     with pytest.raises(SystemExit):
         reach_training(two_headed, peft="mmea", peft_adapter=two_headed / "run_adapter", E0s="estimated")
@@ -199,13 +201,13 @@ def test_an_adapter_that_fits_nothing_is_refused(refusal, trained, tmp_path):
     assert "leave one out" in refusal(case, peft="mmea", peft_adapter=adapter, foundation_model=other)
 
 
-def test_elements_that_it_has_never_seen_are_refused(refusal, tmp_path):
+@pytest.mark.parametrize("E0s", [E0S[MOLECULE], pytest.param("estimated", marks=pytest.mark.since("0.3.15"))])
+def test_elements_that_it_has_never_seen_are_refused(refusal, tmp_path, E0s):
     inputs = write_inputs(tmp_path / "water", FEWER_ELEMENTS)
     train_here(inputs, peft="mmea", peft_rank=2, max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
     case = ("mmea", "products")
-    for options in ({"E0s": E0S[MOLECULE]}, {"E0s": "estimated"}):
-        assert "the run has C, which" in refusal(case, peft="mmea", peft_adapter=inputs / "run_adapter", **options)
-        assert "the run has C, which" in refusal(case, peft="mmea", foundation_model=inputs / "run.model", **options)
+    assert "the run has C, which" in refusal(case, peft="mmea", peft_adapter=inputs / "run_adapter", E0s=E0s)
+    assert "the run has C, which" in refusal(case, peft="mmea", foundation_model=inputs / "run.model", E0s=E0s)
 
 
 def test_updates_that_depend_on_the_elements_are_refused_for_fewer(trained, tmp_path, capsys):

@@ -58,6 +58,7 @@ class Case:
         return [False, True] if "--swa" in self.flags else [False]
 
 
+ESTIMATED = "estimated" if hasattr(data, "estimate_e0s_from_foundation") else "average"  # mace-torch 0.3.15 and later
 CASES = {
     "mmea-products": Case(
         MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_train_also": "readouts.*"},
@@ -65,7 +66,7 @@ CASES = {
     ),
     "elora-products": Case(
         FEWER_ELEMENTS, {"peft": "elora", "peft_rank": 3, "peft_alpha": 6.0},
-        ("--swa",), {"start_swa": 1, "E0s": "estimated"},
+        ("--swa",), {"start_swa": 1, "E0s": ESTIMATED},
     ),
     "mmea-published": Case(
         FEWER_ELEMENTS, {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "peft_gate": "residual"},

@@ -14,7 +14,7 @@ from mace.tools import torch_geometric
 ELEMENTS = (1, 6, 8)
 
 
-def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=2, interactions=2, heads=("Default",),
+def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=3, interactions=2, heads=("Default",),
               dtype=torch.float64, seed=0, first="RealAgnosticInteractionBlock",
               later="RealAgnosticResidualInteractionBlock", model_class=modules.ScaleShiftMACE, **options):
     """A ScaleShiftMACE with random weights, on the CPU; as MACE saves one, every parameter is trainable."""

@@ -1,0 +1,28 @@
+"""``nox``: the tests with every supported release of mace-torch, each in an environment of its own.
+
+``nox -s "tests(0.3.13)" -- tests/test_train.py`` runs one file with one release. ``.ci/run`` tests the newest.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+RELEASES = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")
+
+
+@nox.session
+@nox.parametrize("mace", RELEASES, ids=RELEASES)
+def tests(session: nox.Session, mace: str) -> None:
+    session.install("torch==2.13.0")
+    session.install("-e", ".[test]", f"mace-torch=={mace}")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def unsupported(session: nox.Session) -> None:
+    """An older release: ``--peft`` stops with exit code 2, and the command without it is left alone."""
+    session.install("torch==2.13.0")
+    session.install("-e", ".")
+    session.install("mace-torch==0.3.12")
+    session.run("mace_run_train", "--name=a", "--peft=mmea", success_codes=[2])
+    session.run("mace_run_train", "--help", silent=True)
