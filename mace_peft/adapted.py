@@ -94,8 +94,12 @@ def widest(irreps: o3.Irreps) -> int:
 
 
 @compile_mode("unsupported")
-class LowRank(Adapted):
+class Updated(nn.Module):
     """Runs the block with ``weight + update`` in the place of each weight. TorchScript: fold the update in first."""
+
+    def updates(self) -> dict[str, Tensor]:
+        """The updates by the names of the block's weights, in their shapes."""
+        raise NotImplementedError
 
     def forward(self, *args, **kwargs):
         with self.updated_weights():
@@ -103,7 +107,7 @@ class LowRank(Adapted):
 
     @contextlib.contextmanager
     def updated_weights(self):
-        base = [(*locate(self, name), update) for name, update in self.adapter().items()]
+        base = [(*locate(self, name), update) for name, update in self.updates().items()]
         try:
             for parameters, key, weight, update in base:
                 parameters[key] = weight + update
@@ -112,10 +116,17 @@ class LowRank(Adapted):
             for parameters, key, weight, _ in base:
                 parameters[key] = weight
 
+
+class LowRank(Updated, Adapted):
+    """A block whose adapter gives the updates."""
+
+    def updates(self) -> dict[str, Tensor]:
+        return self.adapter()
+
     @torch.no_grad()
     def fold(self) -> None:
         """Add the updates to the weights for good."""
-        for name, update in self.adapter().items():
+        for name, update in self.updates().items():
             self.get_parameter(name).add_(update)
 
 

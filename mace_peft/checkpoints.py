@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 
@@ -10,8 +11,11 @@ import torch
 from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState
 
 from mace_peft.config import PeftConfig, PeftError, one_line
+from mace_peft.files import one_line_errors, write_complete
 from mace_peft.models import trainable_parameters
 from mace_peft.options import stop
+
+CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins MACE's contractions into one
 
 
 class AdapterCheckpointHandler(CheckpointHandler):
@@ -68,6 +72,10 @@ class AdapterCheckpointHandler(CheckpointHandler):
         if made != self.config:
             raise PeftError(f"the checkpoint {path} was made with {made.options()}, and this run asks for "
                             f"{self.config.options()}: {remedy}")
+        made_with_cueq = CUEQ_WEIGHT in checkpoint["model"]
+        if made_with_cueq != (CUEQ_WEIGHT in model.state_dict()):
+            raise PeftError(f"the checkpoint {path} was made {'with' if made_with_cueq else 'without'} "
+                            f"--enable_cueq True: {remedy}")
         trainable = trainable_parameters(model)
         for name, held in model.state_dict().items():
             saved = checkpoint["model"].get(name)
@@ -83,18 +91,23 @@ class CompleteCheckpointIO(CheckpointIO):
         """Rename the checkpoints that an earlier run of this name left: MACE loads the latest of all in the end."""
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
-        for path in self._list_file_paths():
-            info = self._parse_checkpoint_path(path)
-            if info is not None and info.tag == self.tag:
-                os.replace(path, f"{path}.earlier")
-                logging.info(f"Renamed the checkpoint of an earlier run of this name to {path}.earlier")
+        for path in self.of_this_run():
+            os.replace(path, f"{path}.earlier")
+            logging.info(f"Renamed the checkpoint of an earlier run of this name to {path}.earlier")
+
+    def of_this_run(self) -> list[str]:
+        """The paths of its checkpoints, the latest last."""
+        known = [self._parse_checkpoint_path(path) for path in self._list_file_paths()]
+        own = [info for info in known if info is not None and info.tag == self.tag]
+        return [info.path for info in sorted(own, key=lambda info: info.epochs)]
 
     def save(self, checkpoint: dict, epochs: int, keep_last: bool = False) -> None:
-        os.makedirs(self.directory, exist_ok=True)
         path = os.path.join(self.directory, self._get_checkpoint_filename(epochs, self.swa_start))
-        unfinished = os.path.join(self.directory, f"{self.tag}.unfinished")
-        torch.save(obj=checkpoint, f=unfinished)
-        os.replace(unfinished, path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with one_line_errors(self.directory):
+            os.makedirs(self.directory, exist_ok=True)
+        write_complete(path, content.getbuffer(), os.path.join(self.directory, f"{self.tag}.unfinished"))
         if not self.keep and self.old_path not in (None, path) and not keep_last:
             os.remove(self.old_path)
         self.old_path = path

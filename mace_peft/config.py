@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -10,6 +11,7 @@ from numbers import Integral, Real
 METHODS = ("mmea", "elora")
 PLACEMENTS = ("products", "linears", "published")
 GATES = ("exp", "residual")
+LARGEST = sys.float_info.max
 
 
 class PeftError(ValueError):
@@ -42,10 +44,11 @@ class PeftConfig:
     def __post_init__(self):
         check_choice("--peft", self.method, METHODS)
         check_choice("--peft_gate", self.gate, GATES)
-        check_number("--peft_rank", self.rank, Integral, lambda rank: rank >= 1, "a whole number of at least 1")
+        check_number("--peft_rank", self.rank, Integral, lambda rank: 1 <= rank <= 10**6,
+                     "a whole number of at least 1, up to a million")
         alpha = self.rank if self.alpha is None else self.alpha
-        check_number("--peft_alpha", alpha, Real, lambda alpha: 0 < alpha < float("inf"), "a number above 0")
-        check_number("--peft_init_std", self.init_std, Real, lambda std: 0 <= std < float("inf"), "a number from 0 up")
+        check_number("--peft_alpha", alpha, Real, lambda alpha: 0 < alpha <= LARGEST, "a number above 0")
+        check_number("--peft_init_std", self.init_std, Real, lambda std: 0 <= std <= LARGEST, "a number from 0 up")
         if not isinstance(self.train_also, (str, type(None))):
             raise PeftError(f"--peft_train_also {self.train_also!r} is no text: use comma-separated glob patterns "
                             "such as 'readouts.*'")

@@ -18,11 +18,14 @@ from torch import nn
 
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
-from mace_peft.foundation import first_E0s
-from mace_peft.injection import eject, fold, freeze
+from mace_peft.files import NO_ROOM, complete, one_line_errors
+from mace_peft.foundation import check_taken_over, first_E0s, keep_les
+from mace_peft.injection import eject, fold, freeze, trainability_kept
+from mace_peft.losses import FiniteLosses
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory
 from mace_peft.plugin import replaced
+from mace_peft.replay import apply_pseudolabels
 from mace_peft.report import summary
 from mace_peft.start import Start, check_elements, check_heads, go_on
 from mace_peft.storage import save_adapter
@@ -36,11 +39,15 @@ class FineTune:
         # not an attribute of mace.tools, where a function has this name
         self.training = importlib.import_module("mace.tools.train")
         self.evaluate_of_mace = self.training.evaluate
+        self.plotting = importlib.import_module("mace.cli.visualise_train")
+        self.inference_of_mace = self.plotting.model_inference
+        self.jit_save = torch.jit.save
         self.run_train = run_train
         self.args = args
         self.start = start
         self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
-        self.model: nn.Module | None = None
+        self.model: nn.Module | None = None  # what trains
+        self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
         self.checkpoints: AdapterCheckpointHandler | None = None
 
     @contextlib.contextmanager
@@ -48,12 +55,21 @@ class FineTune:
         """Replace the names in run_train, and in the two packages that it reaches through a module."""
         run_train = self.run_train
         with contextlib.ExitStack() as stack:
-            for name in ("remove_pt_head", "configure_model", "get_params_options", "ExponentialMovingAverage", "LBFGS",
-                         "deepcopy"):
+            stack.enter_context(one_line_errors("a file of this run", NO_ROOM))
+            stack.enter_context(replaced(torch, "save", complete(torch.save)))
+            stack.enter_context(replaced(torch.jit, "save", self.save_compiled))
+            for name in ("remove_pt_head", "configure_model", "run_e3nn_to_cueq", "run_cueq_to_e3nn",
+                         "get_params_options", "ExponentialMovingAverage", "LBFGS", "DDP", "deepcopy"):
                 stack.enter_context(replaced(run_train, name, getattr(self, name)))
             stack.enter_context(replaced(run_train, "jit", types.SimpleNamespace(compile=self.compile)))
             stack.enter_context(replaced(run_train.tools, "CheckpointHandler", self.CheckpointHandler))
             stack.enter_context(replaced(self.training, "evaluate", self.evaluate))
+            stack.enter_context(replaced(self.plotting, "model_inference", self.model_inference))
+            losses = FiniteLosses(self.training, lambda: self.checkpoints.io.of_this_run())
+            stack.enter_context(losses.replaced_names())
+            if hasattr(run_train, "apply_pseudolabels_to_pt_head_configs"):  # mace-torch 0.3.14 and later
+                label = functools.partial(apply_pseudolabels, run_train.apply_pseudolabels_to_pt_head_configs)
+                stack.enter_context(replaced(run_train, "apply_pseudolabels_to_pt_head_configs", label))
             if hasattr(run_train.data, "estimate_e0s_from_foundation"):  # mace-torch 0.3.15 and later
                 estimate = functools.partial(self.estimate_e0s, run_train.data.estimate_e0s_from_foundation)
                 stack.enter_context(replaced(run_train.data, "estimate_e0s_from_foundation", estimate))
@@ -61,12 +77,13 @@ class FineTune:
 
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable."""
-        trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        try:
+        with trainability_kept(model):
             return self.evaluate_of_mace(model=model, **kwargs)
-        finally:
-            for parameter, learns in trains.items():
-                parameter.requires_grad_(learns)
+
+    def model_inference(self, loaders: dict, model: nn.Module, *args, **kwargs):
+        """In every version, so does the evaluation for its plots."""
+        with trainability_kept(model):
+            return self.inference_of_mace(loaders, model, *args, **kwargs)
 
     def estimate_e0s(self, original, foundation_model: nn.Module, foundation_e0s: dict, z_table, **kwargs):
         """``--E0s=estimated`` from the model that the run starts from, in the run's dtype.
@@ -99,14 +116,22 @@ class FineTune:
             check_heads(heads, adapted)
         if adapted is foundation:
             foundation = self.base or eject(copy.deepcopy(adapted))
-        model, output_args = self.original.configure_model(
-            args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
+        try:
+            model, output_args = self.original.configure_model(
+                args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
+        except Exception as error:  # MACE fails in many ways on blocks whose weights it cannot take over
+            blocks = ", ".join(sorted({type(block).__name__ for block in foundation.interactions}))
+            raise PeftError(f"mace_run_train cannot fine-tune foundation model {args.foundation_model}, a "
+                            f"{type(foundation).__name__} of {foundation.num_interactions} {blocks} "
+                            f"({one_line(error)}): give another foundation model") from error
+        keep_les(model, foundation)
+        check_taken_over(model, foundation)
         if atomic_energies is not None:
             in_data = {head.head_name: head.z_table.zs for head in head_configs}
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
         new = go_on(model, self.start.config, self.start.foundation, adapted)
-        self.model = model
+        self.model = self.plain = model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         if adapted is not None:
             source = getattr(args, "peft_adapter", None) or args.foundation_model
@@ -115,6 +140,18 @@ class FineTune:
             logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
                             "--peft_train_also 'readouts.*'")
         return model, output_args
+
+    def run_e3nn_to_cueq(self, model: nn.Module, **kwargs) -> nn.Module:
+        from mace_peft.accelerated import accelerate
+
+        convert = functools.partial(self.original.run_e3nn_to_cueq, **kwargs)
+        self.model = freeze(accelerate(self.plain, eject(model), convert))
+        return self.model
+
+    def run_cueq_to_e3nn(self, model: nn.Module, **kwargs) -> nn.Module:
+        from mace_peft.accelerated import copy_trained
+
+        return self.save(copy_trained(model, self.plain))
 
     def get_params_options(self, args, model: nn.Module) -> dict:
         """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
@@ -133,19 +170,30 @@ class FineTune:
     def LBFGS(self, parameters, **kwargs):
         return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
 
+    def DDP(self, model: nn.Module, **kwargs) -> nn.Module:
+        """DDP waits for the gradient of every parameter that trains: those that a loss does not reach get zeros."""
+        distributed = self.original.DDP(model, **kwargs)
+        distributed.register_forward_hook(reach_all)
+        return distributed
+
     def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
         self.checkpoints = AdapterCheckpointHandler(*args, config=self.start.config, options=self.args, **kwargs)
         return self.checkpoints
 
     def deepcopy(self, value):
-        """The copy of the trained model that MACE saves: adapters go to their directory, updates into the weights."""
-        duplicate = copy.deepcopy(value)
-        if value is not self.model:
-            return duplicate
+        """A copy; of the trained model, once there are checkpoints to load it from, the one that MACE saves."""
+        if value is not self.model or self.checkpoints is None:
+            return copy.deepcopy(value)
+        return self.save(value) if value is self.plain else value  # run_cueq_to_e3nn comes next, and saves
+
+    def save(self, model: nn.Module) -> nn.Module:
+        """Save the adapter to its directory, and give MACE the model to save: a copy with the updates folded in."""
         stage = "_stagetwo" if self.checkpoints.stage_two else ""
-        logging.info(f"Saved the adapter to {save_adapter(value, adapter_directory(self.args, stage))}")
+        directory = adapter_directory(self.args, stage)
+        with one_line_errors(directory):
+            logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
         # MACE freezes or frees all parameters for its error tables
-        return fold(freeze(duplicate))
+        return fold(freeze(copy.deepcopy(model)))
 
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
@@ -154,6 +202,23 @@ class FineTune:
         except Exception as error:
             logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
             raise
+
+    def save_compiled(self, *args, **kwargs) -> None:
+        """MACE hides a file that cannot be written, too."""
+        try:
+            complete(self.jit_save)(*args, **kwargs)
+        except PeftError as error:
+            logging.error(f"No compiled model is written: {error}")
+            raise
+
+
+def reach_all(model: nn.Module, inputs: tuple, output: dict) -> dict:
+    """The output, plus zero times all that trains: a loss of it reaches, for example, the shift of the energies that
+    ``--loss=forces_only`` misses.
+    """
+    nothing = 0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
+    return {name: value + nothing if value is not None and value.requires_grad else value
+            for name, value in output.items()}
 
 
 def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in_data: list[list[int]]) -> None:

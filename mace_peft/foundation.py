@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
@@ -96,7 +97,32 @@ def rebuild(
         }
         model = load_foundations_elements(type(foundation)(**config), foundation, AtomicNumberTable(elements),
                                           load_readout=True, max_L=config["hidden_irreps"].lmax)
+    keep_les(model, foundation)
+    check_taken_over(model, foundation)
     return model.to(next(foundation.parameters()).device)
+
+
+def check_taken_over(model: nn.Module, foundation: nn.Module) -> None:
+    """Raise PeftError if the model that MACE made from the foundation has not the same layers, from its weights.
+
+    MACE takes the correlation of all layers from the first one, and leaves LES charges of several heads at random.
+    """
+    made, held = model.state_dict(), foundation.state_dict()  # a file of an older MACE lacks buffers of the newer one
+    parameters = dict.fromkeys(name for either in (foundation, model) for name, parameter in either.named_parameters()
+                               if parameter.numel())
+    odd = [name for name in parameters if name not in made or name not in held or
+           (name.startswith("les_readouts.") and made[name].shape != held[name].shape)]
+    if odd:
+        heads = "" if len(model.heads) == 1 else f" for the heads {', '.join(model.heads)}"
+        raise PeftError(f"mace_run_train cannot take {odd[0]} of this {type(foundation).__name__} over{heads}: "
+                        "give another foundation model, or one head")
+
+
+def keep_les(model: nn.Module, foundation: nn.Module) -> None:
+    """Give the model the LES settings of the foundation, which are not in the configuration that MACE takes over."""
+    for name in ("les", "compute_bec", "bec_output_index"):
+        if hasattr(foundation, name):
+            setattr(model, name, copy.deepcopy(getattr(foundation, name)))
 
 
 def single_head(foundation: nn.Module, head: str | None) -> nn.Module:

@@ -46,6 +46,17 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """What is frozen stays so after this: gradient clipping would see the gradients of the base."""
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, learns in trains.items():
+            parameter.requires_grad_(learns)
+
+
 def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     """The targets of the settings in this model (``find_targets``); changes nothing.
 

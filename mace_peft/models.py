@@ -14,9 +14,13 @@ import hashlib
 import torch
 from torch import nn
 
-from mace_peft.adapted import Adapted
+from mace_peft.adapted import Adapted, LowRank
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.targets import find_parameters, find_targets
+
+# where MACE keeps the settings of a backend, and its tool for the way back
+BACKENDS = {"cuEquivariance": ("cueq_config", "mace_cueq_to_e3nn"),
+            "OpenEquivariance": ("oeq_config", "mace.cli.convert_oeq_e3nn")}
 
 
 class AdaptedModel(nn.Module):
@@ -33,8 +37,23 @@ class AdaptedModel(nn.Module):
         super().__init__(*args, **kwargs)
         self.peft_foundation = self.peft_base = None
         self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
-        check_backend(self)
-        add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
+        if backend(self) == "cuEquivariance":
+            self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
+        else:
+            check_backend(self)
+            add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
+
+    def take_gates(self, plain: AdaptedModel) -> None:
+        """Adapters as the plain model's, on the layers of cuEquivariance, for MACE to fill.
+
+        Raises PeftError for low-rank updates: MACE does not fill those of the contractions.
+        """
+        from mace_peft.accelerated import carry_over
+
+        if any(isinstance(block, LowRank) for _, block in adapted_blocks(plain)):
+            raise PeftError("ELoRA updates cannot go to cuEquivariance with the model: merge them into its weights "
+                            "before you convert it")
+        carry_over(plain, None, self)
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -87,11 +106,18 @@ def add_adapters(model: nn.Module, targets: dict[str, type], config: PeftConfig)
 
 def check_backend(model: nn.Module) -> None:
     """Raise PeftError if the model is built for an accelerated backend, whose layers hold other weights."""
-    for attribute, backend, tool in (("cueq_config", "cuEquivariance", "mace_cueq_to_e3nn"),
-                                     ("oeq_config", "OpenEquivariance", "mace.cli.convert_oeq_e3nn")):
+    name = backend(model)
+    if name:
+        raise PeftError(f"the model is built for {name}, whose layers take no new adapters: convert it back with "
+                        f"{BACKENDS[name][1]} first")
+
+
+def backend(model: nn.Module) -> str | None:
+    """The accelerated backend that the model is built for, if any."""
+    for name, (attribute, _) in BACKENDS.items():
         if any(getattr(getattr(module, attribute, None), "enabled", False) for module in model.modules()):
-            raise PeftError(f"adapters cannot go with {backend}, whose layers are not adapted yet: convert the model "
-                            f"back with {tool}, or merge the adapter (ELoRA) before you convert it")
+            return name
+    return None
 
 
 @functools.cache

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,9 +30,8 @@ OPTIONS = {
 CONFLICTS = {
     "lora": "it is MACE's own adapter: leave out --lora or --peft",
     "freeze": "--peft freezes all but the adapters already: leave it out",
-    "enable_cueq": "it rebuilds the model and would drop the adapters: leave it out",
-    "only_cueq": "it rebuilds the model and would drop the adapters: leave it out",
-    "enable_oeq": "it rebuilds the model and would drop the adapters: leave it out",
+    "les_arguments": "LES keeps the settings of the foundation: leave it out",
+    "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
 MODELS = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")  # --model values that take the foundation's blocks over
 
@@ -78,12 +80,20 @@ def check_options(args: argparse.Namespace) -> None:
     for name, reason in CONFLICTS.items():
         if getattr(args, name, None):
             raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
+    from mace import data  # as late as this, for a run without --peft
+
+    check_cueq(args)
     if args.foundation_model is None:
         raise PeftError(f"--peft {args.peft} has nothing to adapt: add --foundation_model with a file or a name "
                         "that MACE knows, such as medium_off")
+    if str(args.E0s).lower() == "estimated" and not hasattr(data, "estimate_e0s_from_foundation"):
+        raise PeftError(f"--E0s {args.E0s} needs mace-torch 0.3.15 or later: upgrade it, or use average")
     if args.model not in MODELS:
         raise PeftError(f"--model {args.model} builds a new model instead of the foundation's: leave it out, or use "
                         f"one of {', '.join(MODELS)}")
+    if "dipole" in args.loss and not (args.model == "PolarMACE" and args.loss == "energy_forces_dipole"):
+        raise PeftError(f"--loss {args.loss} is one of dipoles, and --model {args.model} predicts no dipoles with it: "
+                        "leave it out, or use one of energies and forces, such as weighted")
     if not args.foundation_filter_elements:
         raise PeftError("--foundation_filter_elements False leaves the readouts at random values, which --peft would "
                         "freeze: leave it out")
@@ -92,6 +102,32 @@ def check_options(args: argparse.Namespace) -> None:
         if directory.exists() and not directory.is_dir():
             raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or "
                             "give this run another --name")
+    for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
+                         "log_dir": "logs"}.items():
+        check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
+
+
+def check_cueq(args: argparse.Namespace) -> None:
+    """Raise PeftError if cuEquivariance is asked for and not installed.
+
+    With a foundation model MACE does not act on ``--only_cueq``: here it is another name of ``--enable_cueq``.
+    """
+    for name in ("enable_cueq", "only_cueq"):
+        if getattr(args, name, None):
+            if importlib.util.find_spec("cuequivariance_torch") is None:
+                raise PeftError(f"--{name} True needs cuequivariance-torch, which is not installed: "
+                                "pip install cuequivariance-torch, or leave it out")
+            args.enable_cueq, args.only_cueq = True, False
+
+
+def check_writable(option: str, directory: Path) -> None:
+    """Raise PeftError unless files can be made in the directory, or in what is there of it."""
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise PeftError(f"{option} {directory} cannot be written to ({there}: {error.strerror}): allow it, or give "
+                        "another directory") from None
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
@@ -100,6 +136,7 @@ def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
 
 
 def stop(error: PeftError) -> NoReturn:
-    """End ``mace_run_train`` with the error in one line and exit code 2."""
-    print(f"mace_run_train: error: {error}", file=sys.stderr)
+    """End ``mace_run_train`` with the error in one line, whatever it quotes, and exit code 2."""
+    line = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
+    print(f"mace_run_train: error: {line}", file=sys.stderr)
     raise SystemExit(2)

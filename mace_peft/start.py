@@ -16,6 +16,9 @@ from mace_peft.injection import check, eject, inject
 from mace_peft.loading import fill, load_adapter
 from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
 
+# --model: class of the model that MACE makes from a foundation
+CLASSES = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
+
 
 @dataclasses.dataclass
 class Start:
@@ -37,6 +40,7 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     settings = dict(settings)
     directory = settings.pop("adapter", None)
     model = load_foundation(args.foundation_model, args.default_dtype)
+    check_class(args, model)
     name = Path(args.foundation_model).name
     if is_adapted(model):
         if directory is not None:
@@ -62,6 +66,14 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
     go_on(eject(copy.deepcopy(model)), config, source, model)
     return Start(config, source, model)
+
+
+def check_class(args: argparse.Namespace, foundation: nn.Module) -> None:
+    """Raise PeftError if ``--model`` makes a model that lacks parts of the foundation, or has parts that it lacks."""
+    made, held = CLASSES[args.model], type(foundation).__name__
+    if made != held:
+        raise PeftError(f"--model {args.model} makes a {made} of foundation model {args.foundation_model}, which is a "
+                        f"{held}: parts of it would be lost, or be random and frozen; use --model {held}")
 
 
 def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:

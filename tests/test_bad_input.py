@@ -1,5 +1,6 @@
 """What cannot be used stops ``mace_run_train`` with exit code 2 and one line, before it reads any data."""
 
+import importlib.util
 import io
 import re
 
@@ -63,9 +64,7 @@ BAD_COMBINATIONS = {
     "no foundation": ({"foundation_model": None}, ["--peft mmea", "nothing to adapt", "--foundation_model"]),
     "lora": ({"lora": True}, ["--lora True", "--peft", "leave out"]),
     "freeze": ({"freeze": 5}, ["--freeze 5", "--peft freezes", "leave it out"]),
-    "enable_cueq": ({"enable_cueq": True}, ["--enable_cueq True", "--peft", "leave it out"]),
-    "only_cueq": ({"only_cueq": True}, ["--only_cueq True", "--peft", "leave it out"]),
-    "enable_oeq": ({"enable_oeq": True}, ["--enable_oeq True", "--peft", "leave it out"]),
+    "enable_oeq": ({"enable_oeq": True}, ["--enable_oeq True", "OpenEquivariance", "leave it out"]),
     "random readouts": ({"foundation_filter_elements": False}, ["--foundation_filter_elements False", "leave it out"]),
     "model": ({"model": "AtomicDipolesMACE"}, ["--model AtomicDipolesMACE", "new model", "ScaleShiftMACE"]),
 }
@@ -161,6 +160,13 @@ def test_a_folder_as_foundation_stops(refusal, tmp_path):
 def test_a_bad_value_in_a_yaml_file_stops(refusal, tmp_path):
     (tmp_path / "peft.yaml").write_text(yaml.safe_dump(MMEA | {"peft_rank": 2.5}))
     assert "--peft_rank '2.5'" in refusal(f"--config={tmp_path / 'peft.yaml'}")
+
+
+@pytest.mark.parametrize("option", ["enable_cueq", "only_cueq"])
+def test_cuequivariance_that_is_not_installed_stops(refusal, option, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refusal(**MMEA, **{option: True})
+    assert f"--{option} True needs cuequivariance-torch" in message and "pip install" in message
 
 
 def test_options_that_only_look_like_conflicts_go_together(inputs):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase.build import molecule
 from mace.calculators import MACECalculator
-from mace.cli import convert_device, convert_e3nn_cueq, create_lammps_model, eval_configs, select_head
+from mace.cli import convert_device, create_lammps_model, eval_configs, select_head
 from mace.tools.scripts_utils import extract_model, remove_pt_head
 from runs import environment, process_state_restored
 from test_load import randomise, same
@@ -289,14 +289,6 @@ def test_what_a_rebuilt_model_does_not_know_is_not_made_up():
     for attempt in (eject, fingerprint, lambda model: disable_adapter(model).__enter__()):
         with pytest.raises(PeftError, match="readouts.0.linear.weight trained along"):
             attempt(single)
-
-
-def test_cuequivariance_stops():
-    pytest.importorskip("cuequivariance_torch")
-    with pytest.raises(PeftError, match="cuEquivariance"):
-        convert_e3nn_cueq.run(inject(tiny_mace(), PeftConfig("mmea", rank=2)))
-    with pytest.raises(PeftError, match="cuEquivariance"):
-        MACECalculator(models=[inject(tiny_mace(), PeftConfig("elora", rank=2))], enable_cueq=True)
 
 
 # --- the export's own refusals ----------------------------------------------------------------------------------------

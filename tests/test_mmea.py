@@ -160,6 +160,24 @@ def test_reads_nothing_but_the_scalars_of_x(irreps_in, irreps_out, seed):
     assert torch.equal(mmea(other, h), mmea(x, h))
 
 
+@cases
+@given(irreps_lists(), irreps_lists(), st.sampled_from(["exp", "residual"]), SEEDS)
+def test_the_other_layout_is_the_same_features_in_another_order(irreps_in, irreps_out, gate, seed):
+    mmea, x, h = adapter(irreps_in, irreps_out, gate=gate, seed=seed), features(irreps_in), features(irreps_out)
+    expected = ir_mul(mmea(x, h), irreps_out)
+    mmea.set_layout("ir_mul")
+    assert torch.equal(mmea(ir_mul(x, irreps_in), ir_mul(h, irreps_out)), expected)
+    mmea.set_layout("mul_ir")
+    assert torch.equal(ir_mul(mmea(x, h), irreps_out), expected)
+
+
+def ir_mul(features, irreps):
+    """The features with the channels of each component together."""
+    blocks = [features[:, s].reshape(-1, mul, ir.dim).transpose(1, 2).flatten(1)
+              for s, (mul, ir) in zip(o3.Irreps(irreps).slices(), o3.Irreps(irreps), strict=True)]
+    return torch.cat(blocks, dim=1)
+
+
 def test_reads_every_scalar_of_x():
     mmea = adapter("2x1o+3x0e+1x2e+2x0e", "2x0e+1x1o")
     x, h = features("2x1o+3x0e+1x2e+2x0e", rows=1), features("2x0e+1x1o", rows=1)

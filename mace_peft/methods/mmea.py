@@ -21,6 +21,7 @@ class MMEA(nn.Module):
     All weights start at zero, but W1 (uniform, as in nn.Linear) and W0 (N(0, init_std)): with init_std = 0, h' = h.
 
     forward(x, h): x (..., irreps_in.dim) and h (..., irreps_out.dim), both in mul_ir layout, to (..., irreps_out.dim).
+    ``set_layout("ir_mul")`` makes it take and give the features that cuEquivariance's layers hold.
     """
 
     def __init__(self, irreps_in, irreps_out, rank: int, gate: str = "exp", init_std: float = 0.0):
@@ -36,11 +37,15 @@ class MMEA(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(gains))
         self.W0 = nn.Parameter(init_std * torch.randn(rank, shifts))
         self.b0 = nn.Parameter(torch.zeros(shifts))
-        gain_of, shift_of = columns(irreps_out, gains, shifts)
         self.register_buffer("scalars", scalar_columns(irreps_in), persistent=False)
-        self.register_buffer("gain_of", gain_of, persistent=False)
-        self.register_buffer("shift_of", shift_of, persistent=False)
+        self.set_layout("mul_ir")
         self.description = f"MMEA({irreps_in.simplify()} -> {irreps_out.simplify()}, rank {rank}, gate {gate})"
+
+    def set_layout(self, layout: str) -> None:
+        """``mul_ir``: the components of a channel lie together; ``ir_mul``: the channels of a component do."""
+        gain_of, shift_of = columns(o3.Irreps(self.irreps_out), self.W2.shape[1], self.W0.shape[1], layout)
+        self.register_buffer("gain_of", gain_of.to(self.W2.device), persistent=False)
+        self.register_buffer("shift_of", shift_of.to(self.W2.device), persistent=False)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
@@ -65,7 +70,7 @@ def scalar_columns(irreps: o3.Irreps) -> Tensor:
     return torch.cat([torch.arange(0), *blocks])
 
 
-def columns(irreps: o3.Irreps, gains: int, shifts: int) -> tuple[Tensor, Tensor]:
+def columns(irreps: o3.Irreps, gains: int, shifts: int, layout: str) -> tuple[Tensor, Tensor]:
     """For each column of the features: which gain and which shift it takes; ``gains`` and ``shifts`` stand for none."""
     gain_of, shift_of = [torch.arange(0)], [torch.arange(0)]
     gain = shift = 0
@@ -75,7 +80,8 @@ def columns(irreps: o3.Irreps, gains: int, shifts: int) -> tuple[Tensor, Tensor]
             shift_of.append(torch.arange(shift, shift + mul))
             shift += mul
         else:
-            gain_of.append(torch.arange(gain, gain + mul).repeat_interleave(ir.dim))
+            channels = torch.arange(gain, gain + mul)
+            gain_of.append(channels.repeat(ir.dim) if layout == "ir_mul" else channels.repeat_interleave(ir.dim))
             shift_of.append(torch.full((mul * ir.dim,), shifts))
             gain += mul
     return torch.cat(gain_of), torch.cat(shift_of)

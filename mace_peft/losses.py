@@ -1,0 +1,107 @@
+"""Stops a fine-tune at its first loss that is not finite.
+
+MACE would train on to the last epoch, and take a validation loss of NaN for the lowest one: its checkpoint would
+replace the last good one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from mace_peft.config import PeftError
+from mace_peft.plugin import replaced
+
+REMEDY = "start again with a lower --lr (in stage two --swa_lr) or --clip_grad"
+
+
+class FiniteLosses:
+    """Methods that stand in for functions of ``mace.tools.train``: they raise PeftError for a loss of NaN or infinity.
+
+    They look only at numbers that MACE has fetched from the device for its log. checkpoints: gives the paths of those
+    that the run has saved.
+    """
+
+    def __init__(self, training: types.ModuleType, checkpoints: Callable[[], list[str]]):
+        self.training = training
+        self.original = types.SimpleNamespace(**vars(training))
+        self.checkpoints = checkpoints
+        self.epoch = self.batch = self.batches = 0
+        self.remedy = REMEDY
+        self.evaluated: Iterable = ()  # the batches of the last evaluation
+
+    @contextlib.contextmanager
+    def replaced_names(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name in ("train_one_epoch", "take_step", "take_step_lbfgs", "evaluate", "valid_err_log"):
+                stack.enter_context(replaced(self.training, name, getattr(self, name)))
+            yield
+
+    def train_one_epoch(self, *, data_loader, epoch: int, **kwargs):
+        self.epoch, self.batch, self.batches = epoch, 0, len(data_loader)
+        return self.original.train_one_epoch(data_loader=data_loader, epoch=epoch, **kwargs)
+
+    def take_step(self, *, batch, **kwargs):
+        self.batch += 1
+        loss, metrics = self.original.take_step(batch=batch, **kwargs)
+        if not math.isfinite(metrics["loss"]):
+            raise self.stopped(self.in_batch(metrics["loss"]), [batch])
+        return loss, metrics
+
+    def take_step_lbfgs(self, *, loss_fn, data_loader, **kwargs):
+        """One step takes all batches, several times: the first time is at the weights that the step starts from."""
+        self.remedy = "start again without --lbfgs"
+        losses = []
+
+        def noted(*, pred, ref):
+            loss = loss_fn(pred=pred, ref=ref)
+            if len(losses) < self.batches:
+                losses.append(loss.detach())
+            return loss
+
+        loss, metrics = self.original.take_step_lbfgs(loss_fn=noted, data_loader=data_loader, **kwargs)
+        if not math.isfinite(metrics["loss"]):
+            values = [value.item() for value in losses]
+            self.batch = 1 + next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values) - 1)
+            raise self.stopped(self.in_batch(metrics["loss"]), data_loader)
+        return loss, metrics
+
+    def evaluate(self, *, data_loader, **kwargs):
+        self.evaluated = data_loader
+        return self.original.evaluate(data_loader=data_loader, **kwargs)
+
+    def valid_err_log(self, valid_loss, eval_metrics, logger, log_errors, epoch=None, valid_loader_name="Default"):
+        """MACE calls it between an evaluation and the checkpoint."""
+        self.original.valid_err_log(valid_loss, eval_metrics, logger, log_errors, epoch, valid_loader_name)
+        if not math.isfinite(valid_loss):
+            when = f"after epoch {epoch}"
+            if epoch is None:
+                when, self.remedy = "before training", "check --foundation_model and --E0s"
+            loss = f"the validation loss of head {valid_loader_name} {when} is {valid_loss}"
+            raise self.stopped(loss, self.evaluated)
+
+    def in_batch(self, loss: float) -> str:
+        return f"the training loss of epoch {self.epoch}, batch {self.batch} of {self.batches}, is {loss}"
+
+    def stopped(self, loss: str, batches: Iterable) -> PeftError:
+        """What to say: which loss, whether the data or the model is to blame, and what is left to go on from."""
+        wrong = sorted({name for batch in batches for name in not_finite(batch)})
+        if wrong:
+            cause = f"its data hold NaN or infinity ({', '.join(wrong)}): correct them"
+        else:
+            cause = f"its data are finite, but the model is far off: {self.remedy}"
+        saved = self.checkpoints()
+        rest = "no checkpoint has been saved"
+        if saved:
+            rest = f"the last good checkpoint is {saved[-1]}, from which --restart_latest goes on at the same --lr"
+        return PeftError(f"{loss}; {cause}; {rest}")
+
+
+def not_finite(batch) -> list[str]:
+    """The names of the batch's tensors that hold NaN or infinity."""
+    return [name for name, value in batch.to_dict().items()
+            if isinstance(value, torch.Tensor) and not torch.isfinite(value).all()]
