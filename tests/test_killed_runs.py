@@ -1,0 +1,169 @@
+"""A run that is killed again and again, each time restarted with ``--restart_latest``, ends as a run that was not."""
+
+import os
+import random
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from forks import Forked
+from runs import NAME, Run, arguments, finish, fork, write_inputs
+from tiny import configurations, predict
+
+from mace_peft import PeftError, load_adapter
+from mace_peft.checkpoints import CompleteCheckpointIO
+from mace_peft.files import complete
+from mace_peft.storage import read_adapter
+
+EPOCHS, STAGE_TWO, KILLS = 30, 15, 20
+OPTIONS = {"peft": "mmea", "peft_rank": 2, "max_num_epochs": EPOCHS, "start_swa": STAGE_TWO}
+FLAGS = ("--swa", "--ema", "--restart_latest")
+
+# For each phase of a run, how far the log says that it has come.
+PHASES = {
+    "starting": lambda log: log.count("INFO: "),
+    "training": lambda log: max(map(int, re.findall(r"INFO: Epoch (\d+): ", log)), default=-1),
+    "writing": lambda log: log.partition("INFO: Training complete")[2].count("INFO: "),
+}
+
+
+def random_moments(seed: int) -> list[tuple[str, int, float]]:
+    """When to kill: the phase, how far in it (``PHASES``), and the seconds that pass then.
+
+    Epochs ascend, for a restart goes on where the run was, and the models are written last. Each restart has to start.
+    """
+    choice = random.Random(seed)
+    moments = [("training", epoch) for epoch in sorted(choice.choices(range(EPOCHS), k=KILLS - 9))]
+    moments += [("writing", choice.randint(1, 19)) for _ in range(5)]  # of about 26 lines
+    for _ in range(4):
+        moments.insert(choice.randint(0, len(moments)), ("starting", choice.randint(1, 40)))  # of about 50
+    return [(phase, far, choice.uniform(0, 0.1)) for phase, far in moments]
+
+
+def kill_at(folder: Path, phase: str, far: int, seconds: float) -> str:
+    """Start the command, kill it at the moment; returns its log."""
+    (folder / "stdout").write_text("")  # or the log of the last one counts until the process has started
+    process = Forked(folder, arguments(folder, *FLAGS, **OPTIONS))
+    while PHASES[phase]((folder / "stdout").read_text()) < far and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.kill()
+    run = finish(folder, process)
+    assert run.returncode == -signal.SIGKILL, (phase, far, run.stderr)
+    return run.stdout
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What the files that a restart or a user reads hold, by their paths in the folder: a damaged one fails here."""
+    held = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".pt":
+            held[name] = torch.load(path, weights_only=True)
+        elif path.name.endswith("_compiled.model"):
+            held[name] = torch.jit.load(path)
+        elif path.suffix == ".model":
+            held[name] = torch.load(path, weights_only=False)
+        elif path.name.endswith("_adapter"):
+            try:
+                held[name] = read_adapter(path)
+            except PeftError as error:
+                assert "is no adapter directory" in str(error)  # nothing has been saved there yet
+    return held
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """The run in the end; for each kill its phase, the log until then, the files after it and the latest checkpoint."""
+    folder, kills = write_inputs(tmp_path_factory.mktemp("chain")), []
+    for phase, far, seconds in random_moments(seed=0):
+        log = kill_at(folder, phase, far, seconds)
+        epoch = max([-1, *Run(folder).checkpoints(), *Run(folder).checkpoints(stage_two=True)])
+        kills.append((phase, log, contents(folder).keys(), epoch))
+    return fork(folder, *FLAGS, **OPTIONS), kills
+
+
+def test_the_kills_came_in_every_phase_and_at_many_moments(chain):
+    _, kills = chain
+    assert len(kills) == KILLS and {phase for phase, *_ in kills} == set(PHASES)
+    last_lines = [re.sub(r"^.*? INFO: ", "", log.splitlines()[-1]) if log else "" for _, log, *_ in kills]
+    print("\n".join(f"{phase:9} {line:.80}" for (phase, *_), line in zip(kills, last_lines, strict=True)))
+    assert len(set(last_lines)) >= KILLS // 2
+    killed_in = {PHASES["training"](log) for phase, log, *_ in kills if phase == "training"}
+    assert len(killed_in) >= 6 and min(killed_in) < STAGE_TWO / 2 and max(killed_in) > STAGE_TWO * 3 / 2
+
+
+def test_no_kill_costs_a_checkpoint_or_an_adapter(chain):
+    _, kills = chain
+    epochs = [epoch for *_, epoch in kills]
+    assert epochs == sorted(epochs) and epochs[-1] > STAGE_TWO
+    kept = [{name for name in files if not name.endswith(".pt")} for *_, files, _ in kills]
+    for before, after in zip(kept, kept[1:], strict=False):
+        assert before <= after
+    assert f"{NAME}_adapter" in kept[-1]
+
+
+def test_every_restart_goes_on_from_the_latest_checkpoint(chain):
+    _, kills = chain
+    for (*_, epoch), (_, log, *_) in zip(kills, kills[1:], strict=False):
+        if "Loss metrics on validation set" in log and epoch >= 0:
+            assert re.search(r"Loading checkpoint: .*_epoch-(\d+)(_swa)?\.pt", log)[1] == str(epoch)
+
+
+def test_the_run_ends_complete(chain):
+    run, _ = chain
+    assert run.returncode == 0 and run.stderr == ""
+    assert {line["epoch"] for line in run.metrics if line["mode"] == "eval"} == {None, *range(EPOCHS)}
+    epochs = [epoch for stage_two in (False, True) for epoch in run.checkpoints(stage_two)]
+    assert min(epochs) < STAGE_TWO <= max(epochs) < EPOCHS
+    kinds = (".model", "_compiled.model", "_adapter")
+    names = {f"{NAME}{stage}{kind}" for stage in ("", "_stagetwo") for kind in kinds}
+    assert names <= contents(run.folder).keys()
+    assert not [path for path in run.folder.rglob("*") if "unfinished" in path.name]
+
+
+@pytest.mark.parametrize("stage_two", [False, True])
+def test_foundation_and_adapter_are_the_model_and_the_checkpoint(chain, stage_two):
+    run, _ = chain
+    adapter, checkpoint = run.adapter_tensors(stage_two), run.checkpoint(stage_two)["model"]
+    assert all(torch.equal(tensor, checkpoint[key]) for key, tensor in adapter.items())
+    assert any(tensor.any() for key, tensor in adapter.items() if key.endswith("W0"))  # zeros at the start
+    foundation = torch.load(run.folder / "foundation.model", weights_only=False)
+    structures = configurations(3, seed=5)
+    loaded, saved = (predict(model, structures) for model in
+                     (load_adapter(foundation, run.adapter(stage_two)), run.model(stage_two)))
+    torch.testing.assert_close(loaded, saved, rtol=1e-12, atol=1e-12)
+
+
+# --- killed within a file ---------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, epoch: int) -> None:
+    CompleteCheckpointIO(folder, tag=NAME).save({"epoch": epoch, "data": torch.zeros(1000)}, epoch)
+
+
+def save_model(folder: Path, epoch: int) -> None:
+    complete(torch.save)({"epoch": epoch, "data": torch.zeros(1000)}, folder / f"{NAME}.model")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("save", [save_checkpoint, save_model])
+@pytest.mark.parametrize("size", [0, 100, 4000])
+def test_a_file_that_is_cut_short_does_not_take_the_place_of_a_good_one(tmp_path, save, size):
+    """The process is killed when the file that it writes reaches the size."""
+    save(tmp_path, 1)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        save(tmp_path, 2)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGXFSZ
+    assert [held["epoch"] for held in contents(tmp_path).values()] == [1]
+    save(tmp_path, 2)
+    assert {held["epoch"] for held in contents(tmp_path).values()} <= {1, 2}
+    assert not list(tmp_path.glob("*unfinished"))
