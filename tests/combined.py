@@ -1,0 +1,97 @@
+"""Fine-tunes with a feature of MACE, and what each has to leave whichever that is."""
+
+import contextlib
+import unittest.mock
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from mace.cli import run_train
+from runs import MOLECULE, NAME, STAGES, Run, train_here
+from tiny import configurations, predict
+
+from mace_peft import disable_adapter, load_adapter
+
+PEFT = {"peft": "mmea", "peft_rank": 2}
+RESCALED = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")  # of the run, not the base
+
+# the first version of mace-torch that has the option
+SINCE = {"pseudolabel_replay": "0.3.14", "real_pt_data_ratio_threshold": "0.3.14", "beta1_schedulefree": "0.3.15",
+         "freeze": "0.3.15", "lora": "0.3.15"}
+
+
+def since(first: str) -> bool:
+    """Whether that version of mace-torch is installed, or a later one."""
+    installed = metadata.version("mace-torch")
+    return [int(part) for part in installed.split(".")] >= [int(part) for part in first.split(".")]
+
+
+def known(option: str) -> bool:
+    return since(SINCE[option])
+
+
+def fine_tune(inputs: Path, name: str, *flags: str, **options) -> Run:
+    """Fine-tune the inputs in this process; files go to a folder of that name there. Checks what the run leaves."""
+    run = Run(inputs / name)
+    run.folder.mkdir(exist_ok=True)
+    train_here(inputs, *flags, **PEFT | {"work_dir": run.folder} | options)
+    for stage_two in {False, bool(run.checkpoints(stage_two=True))}:
+        check_result(run, stage_two, inputs / "foundation.model")
+    return run
+
+
+def train_only(inputs: Path, name: str, *flags: str, **options) -> tuple[Run, dict]:
+    """A run that ends with the training, of which only checkpoints are left; and what MACE's training was given."""
+    run, given, train = Run(inputs / name), {}, run_train.tools.train
+
+    def train_and_stop(**arguments):
+        given.update(arguments)
+        train(**arguments)
+        raise KeyboardInterrupt
+
+    with unittest.mock.patch.object(run_train.tools, "train", train_and_stop), contextlib.suppress(KeyboardInterrupt):
+        train_here(inputs, *flags, **PEFT | {"work_dir": run.folder} | options)
+    check_base(run, False, inputs / "foundation.model")
+    return run, given
+
+
+def adapters(run: Run, stage_two: bool = False) -> dict[str, torch.Tensor]:
+    """The adapters in the latest checkpoint."""
+    return {key: tensor for key, tensor in run.checkpoint(stage_two)["model"].items() if ".adapter." in key}
+
+
+def check_base(run: Run, stage_two: bool, foundation_file: Path) -> torch.nn.Module:
+    """The base is the foundation's to the last bit, but for what MACE narrows. Returns the foundation."""
+    foundation = torch.load(foundation_file, weights_only=False)
+    checkpoint = run.checkpoint(stage_two)["model"]
+    for key, tensor in foundation.state_dict().items():
+        if key not in RESCALED and not key.startswith("readouts."):  # one for each head
+            assert checkpoint[key].shape != tensor.shape or torch.equal(checkpoint[key], tensor), key
+    return foundation
+
+
+def check_result(run: Run, stage_two: bool, foundation_file: Path) -> None:
+    """Files are there, adapters have learnt, the base is the foundation's, and all that was saved agrees."""
+    stem = f"{NAME}{STAGES[stage_two]}"
+    assert all((run.folder / f"{stem}{end}").exists() for end in (".model", "_compiled.model", "_adapter"))
+    loaded = load_adapter(check_base(run, stage_two, foundation_file), run.adapter(stage_two))
+    tensors, checkpoint = run.adapter_tensors(stage_two), run.checkpoint(stage_two)["model"]
+    assert_same(tensors, {key: checkpoint[key] for key in tensors})
+    structures = [atoms for head in loaded.heads for atoms in configurations(1, MOLECULE, seed=7)]
+    for head, atoms in zip(loaded.heads, structures, strict=True):
+        atoms.info["head"] = head
+    expected = predict(loaded, structures)
+    torch.testing.assert_close(predict(run.model(stage_two), structures), expected, rtol=1e-10, atol=1e-10)
+    with disable_adapter(loaded):
+        assert not torch.allclose(predict(loaded, structures)[1], expected[1], rtol=1e-3)
+
+
+def assert_same(tensors: dict, expected: dict, tolerance: float = 0) -> None:
+    """Equal to the last bit, or to a tolerance."""
+    assert tensors.keys() == expected.keys()
+    torch.testing.assert_close(tensors, expected, rtol=tolerance, atol=tolerance)
+
+
+def differ(tensors: dict, others: dict) -> bool:
+    """Whether two runs end at different adapters: what is the same here is so for a reason."""
+    return any(not torch.allclose(tensor, others[key], rtol=1e-3) for key, tensor in tensors.items())
