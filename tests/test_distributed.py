@@ -1,0 +1,286 @@
+"""``--distributed`` with ``--peft``: two processes on the CPU do what one does with the joined batches.
+
+MACE starts a process group for GPUs only. These processes start one themselves (gloo), which MACE then keeps, and give
+``mace_run_train`` a DistributedDataParallel that knows no GPUs: all else is MACE's own.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from forks import SERVER, run_command
+from mace import modules
+from mace.cli import run_train
+from mace.tools import torch_geometric
+from runs import Run, arguments, default_foundation, write_inputs
+from tiny import batch, configurations, randomise
+from torch.nn.parallel import DistributedDataParallel
+
+from mace_peft import PeftConfig, eject, inject, trainable_parameters
+from mace_peft.finetune import reach_all
+
+MACE = metadata.version("mace-torch")
+# mace-torch 0.3.13 knows no other than Slurm, and has no option for it
+LAUNCHERS = ["slurm"] if MACE == "0.3.13" else ["slurm", "torchrun", "mpi"]
+PEFT = {"peft": "mmea", "peft_rank": 2}
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start_group(folder: Path, rank: int, size: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+
+
+def side_by_side(folder: Path, target, size: int, *args) -> list[int]:
+    """Run ``target(folder, rank, size, *args)`` in processes of one group; returns their exit codes."""
+    (folder / "group").unlink(missing_ok=True)
+    processes = [SERVER.Process(target=target, args=(folder, rank, size, *args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()  # one that hangs
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+# --- DistributedDataParallel ------------------------------------------------------------------------------------------
+
+LOSSES = {"weighted": modules.WeightedEnergyForcesLoss, "stress": modules.WeightedEnergyForcesStressLoss,
+          "universal": modules.UniversalLoss, "forces_only": modules.WeightedForcesLoss}
+ADAPTERS = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "linears", "published")]
+
+
+def halves(loss: str) -> list[list]:
+    """What each rank gets. MACE's universal loss weighs the ranks alike, the others weigh all atoms alike."""
+    other = "CH3OH" if loss == "universal" else "H2O"
+    return [configurations(2, "CH3OH", periodic=True), configurations(2, other, seed=1, periodic=True)]
+
+
+def loss_of(distributed: torch.nn.Module, model: torch.nn.Module, loss: str, structures: list) -> torch.Tensor:
+    labelled = batch(model, structures)
+    labelled["stress"] = torch.ones(len(structures), 3, 3, dtype=torch.float64)
+    labelled["stress_weight"] = torch.ones(len(structures), dtype=torch.float64)
+    output = distributed(labelled, training=True, compute_force=True, compute_stress=True)
+    return LOSSES[loss]()(pred=output, ref=torch_geometric.data.Data.from_dict(labelled))
+
+
+@contextlib.contextmanager
+def adapted(method: str, targets: str) -> Iterator[torch.nn.Module]:
+    """One model for all cases, which is as it was after each."""
+    model = randomise(inject(default_foundation(), PeftConfig(method, rank=2, targets=targets)), scale=0.3)
+    yield model
+    eject(model)
+
+
+def train_steps(distributed: torch.nn.Module, model: torch.nn.Module, loss: str, structures: list) -> tuple[dict, dict]:
+    """The gradients of the first step, and the parameters after the second."""
+    trained = trainable_parameters(model)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
+    loss_of(distributed, model, loss, structures).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(distributed, model, loss, structures).backward()
+    optimizer.step()
+    return gradients, {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def train_rank(folder: Path, rank: int, size: int) -> None:
+    """Two steps with every adapter and loss."""
+    start_group(folder, rank, size)
+    results = {}
+    for method, targets in ADAPTERS:
+        for loss in LOSSES:
+            with adapted(method, targets) as model:
+                distributed = DistributedDataParallel(model)
+                if loss == "forces_only":
+                    distributed.register_forward_hook(reach_all)
+                results[method, targets, loss] = train_steps(distributed, model, loss, halves(loss)[rank])
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    assert side_by_side(folder, train_rank, 2) == [0, 0]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def over_all(test):
+    return pytest.mark.parametrize("loss", LOSSES)(pytest.mark.parametrize("method, targets", ADAPTERS)(test))
+
+
+@over_all
+def test_gradients_are_those_of_the_joined_batch(ranks, method, targets, loss):
+    """And no parameter goes unused: DistributedDataParallel raises an error at the second step for one that does."""
+    gradients = [rank[method, targets, loss][0] for rank in ranks]
+    with adapted(method, targets) as model:
+        loss_of(model, model, loss, sum(halves(loss), [])).backward()
+        for name, parameter in trainable_parameters(model).items():
+            assert torch.equal(gradients[0][name], gradients[1][name]), name
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert (gradients[0][name] - expected).norm() <= 1e-10 * max(expected.norm(), 1.0), name
+
+
+@over_all
+def test_the_ranks_stay_alike_to_the_last_bit(ranks, method, targets, loss):
+    first, second = (rank[method, targets, loss][1] for rank in ranks)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with adapted(method, targets) as model:
+        assert any(not torch.equal(p, first[name]) for name, p in trainable_parameters(model).items())
+
+
+# --- mace_run_train ---------------------------------------------------------------------------------------------------
+
+
+def environment(launcher: str, rank: int, size: int) -> dict[str, str]:
+    """What the launcher tells its processes."""
+    return {name: str(value) for name, value in {
+        "slurm": {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": 1, "SLURM_NTASKS_PER_NODE": size,
+                  "SLURM_NTASKS": size, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+        "torchrun": {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500, "WORLD_SIZE": size, "RANK": rank,
+                     "LOCAL_RANK": rank},
+        "mpi": {"MASTER_ADDR": "localhost", "OMPI_COMM_WORLD_SIZE": size, "OMPI_COMM_WORLD_RANK": rank,
+                "OMPI_COMM_WORLD_LOCAL_SIZE": size},
+    }[launcher].items()}
+
+
+def run_rank(folder: Path, rank: int, size: int, launcher: str, argv: list[str]) -> None:
+    """``mace_run_train`` in a folder of its own; what it has trained goes there."""
+    start_group(folder, rank, size)
+    os.environ.update(environment(launcher, rank, size))
+    torch.distributed.init_process_group = torch.cuda.set_device = lambda *args, **kwargs: None  # mace-torch 0.3.13
+    run_train.DDP = lambda model, device_ids: DistributedDataParallel(model)
+    train, own = run_train.tools.train, folder / f"rank{rank}"
+
+    def observed(*, model, **kwargs):
+        train(model=model, **kwargs)
+        torch.save({name: p.detach() for name, p in trainable_parameters(model).items()}, own / "trained.pt")
+
+    run_train.tools.train = observed
+    own.mkdir(exist_ok=True)
+    run_command(own, argv)
+
+
+@dataclasses.dataclass
+class Ranks(Run):
+    """The run of all ranks."""
+
+    codes: tuple[int, ...] = ()
+
+    def said(self, stream: str) -> list[str]:
+        return [(self.folder / f"rank{rank}/{stream}").read_text() for rank in range(len(self.codes))]
+
+    def trained(self) -> list[dict[str, torch.Tensor]]:
+        return [torch.load(self.folder / f"rank{rank}/trained.pt") for rank in range(len(self.codes))]
+
+
+def distribute(folder: Path, size: int, *flags: str, launcher: str = LAUNCHERS[0], **options) -> Ranks:
+    """Run the command in so many processes, which take four structures a step together."""
+    if MACE != "0.3.13":
+        options["launcher"] = launcher
+    argv = arguments(folder, *flags, "--distributed", **{"batch_size": 4 // size, "valid_file": folder / "train.xyz",
+                                                         **options})
+    return Ranks(folder, codes=tuple(side_by_side(folder, run_rank, size, launcher, [str(word) for word in argv])))
+
+
+def assert_same_adapters(run: Run, other: Run, stages=(False, True)) -> None:
+    for stage in stages:
+        tensors, expected = run.adapter_tensors(stage), other.adapter_tensors(stage)
+        assert tensors.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (tensors[name] - value).norm() <= 1e-8 * max(value.norm(), 1.0), name
+
+
+STAGES = {"start_swa": 2, "swa_lr": 0.005, "max_num_epochs": 4, "ema_decay": 0.5}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Ranks, Ranks]:
+    """A run of two processes, and one of a single process with twice the batch size, in both stages."""
+    runs = []
+    for size in (2, 1):
+        folder = write_inputs(tmp_path_factory.mktemp(f"size{size}"))
+        runs.append(distribute(folder, size, "--ema", "--swa", **PEFT, **STAGES, launcher=LAUNCHERS[-1]))
+        assert set(runs[-1].codes) == {0}, runs[-1].said("stderr")
+    return tuple(runs)
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batch_size(pair):
+    assert_same_adapters(*pair)
+    two, one = ([line for line in run.metrics if line["mode"] == "eval" and line["epoch"] is not None] for run in pair)
+    for line, expected in zip(two, one, strict=True):
+        for value in ("epoch", "rmse_e", "rmse_f"):
+            assert line[value] == pytest.approx(expected[value], rel=1e-8)
+
+
+def test_all_ranks_train_the_same_adapters(pair):
+    first, second = pair[0].trained()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_first_rank_alone_writes_the_files(pair):
+    def files(run):
+        names = {path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_file()}
+        return sorted(str(name) for name in names if not name.parts[0].startswith(("rank", "group")))
+
+    assert files(pair[0]) == files(pair[1])
+    assert pair[0].log.count("Saved the adapter to") == 2
+    assert [text.count("Saved the adapter to") for text in pair[0].said("stdout")] == [2, 0]
+
+
+def test_a_restart_goes_on_in_all_ranks(pair, tmp_path):
+    runs = []
+    for run in pair:
+        folder = shutil.copytree(run.folder, tmp_path / f"{len(run.codes)}")
+        runs.append(distribute(folder, len(run.codes), "--ema", "--swa", "--restart_latest", **PEFT,
+                               **STAGES | {"max_num_epochs": 6}))
+        assert set(runs[-1].codes) == {0}, runs[-1].said("stderr")
+        assert max(runs[-1].checkpoints(stage_two=True)) > max(run.checkpoints(stage_two=True))
+    assert_same_adapters(*runs)
+    first, second = runs[0].trained()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_loss_that_misses_adapters_trains_the_others(tmp_path):
+    """The last shift does not change the forces. A second run of the name sets the checkpoints of the first aside."""
+    folder = write_inputs(tmp_path / "run")
+    options = {**PEFT, "peft_targets": "linears", "loss": "forces_only", "max_num_epochs": 1}
+    for size in (1, 2):
+        run = distribute(folder, size, **options)
+        assert set(run.codes) == {0}, run.said("stderr")
+    assert len(list((folder / "checkpoints").glob("*.earlier"))) == 1
+    first, second = run.trained()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert torch.equal(first["readouts.1.linear_2.adapter.b0"], torch.zeros(1, dtype=torch.float64))
+
+
+def assert_all_refuse(run: Ranks, words: str) -> None:
+    assert run.codes == (2, 2)
+    first, second = run.said("stderr")
+    assert first == second and first.startswith("mace_run_train: error: ") and first.count("\n") == 1
+    assert words in first
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_refusal_ends_all_ranks_with_the_same_line(tmp_path, launcher):
+    run = distribute(write_inputs(tmp_path / "run"), 2, launcher=launcher, **PEFT | {"peft_rank": 1000})
+    assert_all_refuse(run, "--peft_rank 1000 is more than")
+
+
+def test_a_checkpoint_that_does_not_fit_ends_all_ranks_with_the_same_line(pair, tmp_path):
+    folder = shutil.copytree(pair[0].folder, tmp_path / "copy")
+    run = distribute(folder, 2, "--ema", "--swa", "--restart_latest", **PEFT | {"peft_rank": 1}, **STAGES)
+    assert_all_refuse(run, "--peft_rank=2")

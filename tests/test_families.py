@@ -1,0 +1,211 @@
+"""Every family of MACE models, and every option that shapes one: adapters work on it, or are refused by name."""
+
+import copy
+from importlib import metadata
+
+import mace  # noqa: F401  before e3nn
+import numpy as np
+import pytest
+import torch
+from e3nn import o3
+from mace import modules
+from tiny import batch, configurations, predict, randomise, tiny_mace
+
+from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft.foundation import rebuild
+
+MACE = int(metadata.version("mace-torch").split(".")[2])  # 13 to 16
+ADAPTERS = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "linears", "published")]
+DENSITY, NON_LINEAR = "RealAgnosticDensityResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock"
+ATTENTION = "RealAgnosticAttResidualInteractionBlock"
+STATE = {"total_charge": {"type": "continuous", "in_dim": 1, "emb_dim": 4, "per": "graph"},
+         "total_spin": {"type": "categorical", "num_classes": 4, "emb_dim": 4, "per": "graph"}}
+EDGES = {"first": NON_LINEAR, "later": NON_LINEAR, "edge_irreps": o3.Irreps("2x0e+2x1o")}
+
+# the options of each family, by the patch version of mace-torch 0.3 that brought it
+FAMILIES = {
+    13: {
+        "MACE": {"model_class": modules.MACE},
+        "scalars only": {"max_L": 0},
+        "max_L 2": {"max_L": 2},
+        "max_L 3": {"max_L": 3, "max_ell": 3},
+        "attention": {"later": ATTENTION},
+        "attention first": {"first": ATTENTION, "later": ATTENTION},
+        "density": {"first": "RealAgnosticDensityInteractionBlock", "later": DENSITY},
+        "density residual first": {"first": DENSITY, "later": DENSITY},
+        "repulsion": {"pair_repulsion": True},
+        "Agnesi": {"distance_transform": "Agnesi"},
+        "Soft": {"distance_transform": "Soft"},
+        "correlation 1": {"correlation": 1},
+        "correlations 1 and 3": {"correlation": [1, 3]},
+        "one interaction": {"interactions": 1},
+        "three interactions": {"interactions": 3},
+    },
+    14: {
+        "non-linear": {"first": NON_LINEAR, "later": NON_LINEAR},
+        "agnostic product": {"use_agnostic_product": True},
+        "last readout only": {"use_last_readout_only": True},
+        "joint embedding": {"embedding_specs": STATE},
+        "embedding readout": {"embedding_specs": STATE, "use_embedding_readout": True},
+        "no cutoff": {"apply_cutoff": False},
+        "reduced paths": {"use_reduced_cg": True},
+        "all paths": {"use_reduced_cg": False},
+        "SO(3)": {"use_so3": True, "max_L": 0},
+        "edge irreps": EDGES,
+        # of the shape of MACE-OMOL
+        "OMOL": EDGES | {"use_agnostic_product": True, "use_last_readout_only": True, "apply_cutoff": False,
+                         "embedding_specs": STATE, "use_embedding_readout": True, "distance_transform": "Agnesi",
+                         "readout_cls": getattr(modules, "NonLinearBiasReadoutBlock", None)},
+    },
+    15: {
+        "edge irreps first": EDGES | {"use_edge_irreps_first": True},
+    },
+    16: {
+        "PolarMACE": {"model_class": getattr(modules, "PolarMACE", None), "add_local_electron_energy": True},
+        "PolarMACE, multipoles": {"model_class": getattr(modules, "PolarMACE", None), "atomic_multipoles_max_l": 1,
+                                  "field_feature_max_l": 1, "num_recursion_steps": 2, "use_agnostic_product": True},
+    },
+}
+KNOWN = {name: options for since, families in FAMILIES.items() if since <= MACE for name, options in families.items()}
+# MACE cannot take these over into a model of fewer elements: it gives each up with this word, or silently
+NOT_TAKEN_OVER = {"MACE": "error", "attention": "skip_tp", "attention first": "skip_tp",
+                  "three interactions": "shape",
+                  "correlations 1 and 3": "products.1.symmetric_contractions|out of range",
+                  "PolarMACE": "shape", "PolarMACE, multipoles": "shape"}
+# multipoles on a grid turn with the molecule only roughly, in plain MACE too
+ROUGH = {"PolarMACE, multipoles"}
+# what an adapter of these cannot change: a charge model that does not enter the energy
+UNUSED = {"PolarMACE, multipoles": "local_electron_energy."}
+
+
+def structures():
+    return configurations(1, "CH3OH") + configurations(1, "H2O", seed=1)
+
+
+def settled(model):
+    """Energies and forces once e3nn's compiled code has warmed up: the first call may differ in the last bit."""
+    predict(model, structures())
+    return predict(model, structures())
+
+
+def assert_equal(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.fixture(scope="module", params=KNOWN)
+def family(request):
+    """Its name, one plain model that tests adapt and leave as it was, and what that predicts."""
+    model = tiny_mace(**KNOWN[request.param])
+    return request.param, model, settled(model)
+
+
+def test_every_interaction_of_mace_is_among_the_families():
+    tried = {options.get(which) for options in KNOWN.values() for which in ("first", "later")}
+    tried |= {"RealAgnosticInteractionBlock", "RealAgnosticResidualInteractionBlock"}  # of tiny_mace
+    assert set(modules.interaction_classes) <= tried
+
+
+@pytest.mark.parametrize("method, targets", ADAPTERS)
+def test_adapters_work_on_the_family(family, method, targets, tmp_path):
+    """They start at the base, move it, turn with the molecule, train, and come back from their directory."""
+    name, model, expected = family
+    inject(model, PeftConfig(method, rank=2, targets=targets))
+    try:
+        assert_equal(settled(model), expected)
+        energies, forces = trained = settled(randomise(model, scale=0.3))
+        for a, b in zip(trained, expected, strict=True):
+            assert (a - b).norm() > 1e-4 * b.norm()
+
+        rotation = o3.rand_matrix(dtype=torch.float64)
+        turned = structures()
+        for atoms in turned:
+            atoms.positions = atoms.positions @ rotation.numpy().T
+        if name not in ROUGH:
+            assert_close(predict(model, turned), (energies, forces @ rotation.T), 1e-9)
+
+        output = model(batch(model, structures()), training=True, compute_force=True)
+        (output["energy"].sum() + output["forces"].pow(2).sum()).backward()
+        missed = [key for key, parameter in trainable_parameters(model).items() if parameter.grad is None]
+        assert all(key.startswith(UNUSED.get(name, "nothing")) for key in missed)
+
+        save_adapter(model, tmp_path / "adapter")
+        eject(model)
+        assert load_adapter(model, tmp_path / "adapter") is model
+        assert_close(predict(model, structures()), trained, 1e-12)
+    finally:
+        eject(model)
+    assert_close(predict(model, structures()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_copies_of_an_adapted_family_predict_the_same(family, method):
+    _, model, _ = family
+    inject(model, PeftConfig(method, rank=2, targets="linears"))
+    try:
+        expected = settled(randomise(model, scale=0.3))
+        assert_close(predict(copy.deepcopy(model), structures()), expected, 1e-12)
+    finally:
+        eject(model)
+
+
+def test_the_family_keeps_its_weights_with_fewer_elements_or_says_that_it_cannot(family):
+    """What ``mace_run_train`` and ``load_adapter`` do to a foundation."""
+    name, model, _ = family
+    water = configurations(1, "H2O", seed=1)
+    E0s = [model.atomic_energies_fn.atomic_energies.flatten()[index].item() for index in (0, 2)]
+    if name in NOT_TAKEN_OVER:
+        with pytest.raises(Exception, match=NOT_TAKEN_OVER[name]):
+            rebuild(model, [1, 8], ["Default"], [E0s])
+    else:
+        assert_close(predict(rebuild(model, [1, 8], ["Default"], [E0s]), water), predict(model, water))
+
+
+# --- models of dipoles ------------------------------------------------------------------------------------------------
+
+DIPOLES = {"AtomicDipolesMACE": ("8x1o", 1), "EnergyDipolesMACE": ("8x0e+8x1o", 1)}
+if MACE >= 14:
+    DIPOLES["AtomicDielectricMACE"] = ("8x0e+8x1o+8x2e", 2)
+
+
+def dipole_model(name: str) -> torch.nn.Module:
+    readout, max_L = DIPOLES[name]
+    torch.manual_seed(0)
+    model = getattr(modules, name)(
+        r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=2, num_interactions=2, num_elements=3, correlation=2,
+        interaction_cls=modules.RealAgnosticResidualInteractionBlock,
+        interaction_cls_first=modules.RealAgnosticInteractionBlock,
+        hidden_irreps=(4 * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
+        MLP_irreps=o3.Irreps(readout), gate=torch.nn.functional.silu, avg_num_neighbors=3.0, atomic_numbers=[1, 6, 8],
+        radial_MLP=[8, 8, 8], atomic_energies=-np.arange(1.0, 4.0) if name == "EnergyDipolesMACE" else None)
+    return model.double()
+
+
+def outputs(model) -> list[torch.Tensor]:
+    """Dipoles, and energies and forces or polarizabilities where the model has them."""
+    model.heads = ["Default"]
+    labelled = batch(model, structures())
+    del model.heads
+    for _ in range(2):
+        output = model(labelled, compute_force=type(model).__name__ == "EnergyDipolesMACE")
+    names = ("dipole", "energy", "forces", "polarizability")
+    return [output[name].detach() for name in names if output.get(name) is not None]
+
+
+@pytest.mark.parametrize("method, targets", ADAPTERS)
+@pytest.mark.parametrize("name", DIPOLES)
+def test_models_of_dipoles_can_be_adapted_in_python(name, method, targets, tmp_path):
+    model = dipole_model(name)
+    expected = outputs(model)
+    inject(model, PeftConfig(method, rank=2, targets=targets))
+    assert_equal(outputs(model), expected)
+    trained = outputs(randomise(model, scale=0.3))
+    for a, b in zip(trained, expected, strict=True):
+        assert (a - b).norm() > 1e-4 * b.norm()
+    save_adapter(model, tmp_path / "adapter")
+    assert_close(outputs(load_adapter(eject(model), tmp_path / "adapter")), trained, 1e-12)
