@@ -118,9 +118,9 @@ def carry_over(model: nn.Module, base: nn.Module, accelerated: nn.Module) -> Non
             owner, index = name.rsplit(".contractions.", 1)
             carry_contraction(adapter, int(index), base.get_submodule(owner), accelerated.get_submodule(owner))
             continue
-        if isinstance(adapter, MMEA):
-            adapter.set_layout(layout)
         target = accelerated.get_submodule(name)
+        if isinstance(adapter, MMEA) and type(target) is not o3.Linear:  # of which PolarMACE keeps some
+            adapter.set_layout(layout)
         target.adapter = adapter
         same = type(target) is type(block).__bases__[-1]
         target.__class__ = type(block) if same else CLASSES[type(block)]

@@ -48,9 +48,16 @@ class FiniteLosses:
     def take_step(self, *, batch, **kwargs):
         self.batch += 1
         loss, metrics = self.original.take_step(batch=batch, **kwargs)
-        if not math.isfinite(metrics["loss"]):
-            raise self.stopped(self.in_batch(metrics["loss"]), [batch])
+        self.check(metrics["loss"], [batch])
         return loss, metrics
+
+    def check(self, loss: float, batches: Iterable) -> None:
+        """Raise PeftError in every process of the run if the training loss of one is not finite."""
+        somewhere = somewhere_not_finite(loss)
+        if not math.isfinite(loss):
+            raise self.stopped(self.in_batch(loss), batches)
+        if somewhere:
+            raise PeftError(f"{self.in_batch(loss)}, and in another process it is not finite: that one says why")
 
     def take_step_lbfgs(self, *, loss_fn, data_loader, **kwargs):
         """One step takes all batches, several times: the first time is at the weights that the step starts from."""
@@ -64,15 +71,18 @@ class FiniteLosses:
             return loss
 
         loss, metrics = self.original.take_step_lbfgs(loss_fn=noted, data_loader=data_loader, **kwargs)
-        if not math.isfinite(metrics["loss"]):
-            values = [value.item() for value in losses]
-            self.batch = 1 + next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values) - 1)
-            raise self.stopped(self.in_batch(metrics["loss"]), data_loader)
+        values = [value.item() for value in losses]
+        self.batch = 1 + next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values) - 1)
+        self.check(metrics["loss"], data_loader)
         return loss, metrics
 
     def evaluate(self, *, data_loader, **kwargs):
+        """MACE sums the loss over the processes, and only the first of them goes on to ``valid_err_log``."""
         self.evaluated = data_loader
-        return self.original.evaluate(data_loader=data_loader, **kwargs)
+        loss, metrics = self.original.evaluate(data_loader=data_loader, **kwargs)
+        if not math.isfinite(loss) and processes() and torch.distributed.get_rank() != 0:
+            raise self.stopped(f"a validation loss in or before epoch {self.epoch} is {loss}", data_loader)
+        return loss, metrics
 
     def valid_err_log(self, valid_loss, eval_metrics, logger, log_errors, epoch=None, valid_loader_name="Default"):
         """MACE calls it between an evaluation and the checkpoint."""
@@ -99,6 +109,21 @@ class FiniteLosses:
         if saved:
             rest = f"the last good checkpoint is {saved[-1]}, from which --restart_latest goes on at the same --lr"
         return PeftError(f"{loss}; {cause}; {rest}")
+
+
+def processes() -> int:
+    """How many processes train together; 0 if this one is alone."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0
+
+
+def somewhere_not_finite(loss: float) -> bool:
+    """Whether the loss of any process is not finite. All call it, after each step."""
+    if not processes():
+        return not math.isfinite(loss)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    count = torch.tensor(float(not math.isfinite(loss)), device=device)
+    torch.distributed.all_reduce(count)
+    return count.item() > 0
 
 
 def not_finite(batch) -> list[str]:

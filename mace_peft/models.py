@@ -36,11 +36,11 @@ class AdaptedModel(nn.Module):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.peft_foundation = self.peft_base = None
-        self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
         if backend(self) == "cuEquivariance":
             self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
         else:
             check_backend(self)
+            self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
             add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
 
     def take_gates(self, plain: AdaptedModel) -> None:

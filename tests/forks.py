@@ -8,6 +8,7 @@ code, so that it can also be killed.
 import multiprocessing
 import os
 import sys
+import warnings
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -23,6 +24,7 @@ def run_command(folder: Path, argv: list[str]) -> None:
     import torch
     from mace.cli import run_train
 
+    warnings.simplefilter("ignore")  # stderr is then what MACE and mace-peft say
     torch.set_num_threads(1)
     sys.argv = ["mace_run_train", *argv]
     sys.exit(run_train.main())

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from mace import modules
 from mace.calculators import MACECalculator
 from mace.cli import convert_cueq_e3nn, convert_e3nn_cueq
 from runs import fork, write_inputs
@@ -13,7 +14,15 @@ from tiny import batch, configurations, predict, randomise, tiny_mace
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.accelerated import accelerate, copy_trained
 
-foundation = functools.cache(functools.partial(tiny_mace, max_ell=1))  # MACE converts larger ones in ten seconds
+
+@functools.cache
+def foundation(polar=False, **options):
+    """MACE converts larger ones in ten seconds."""
+    if polar:
+        options["model_class"] = modules.PolarMACE
+    return tiny_mace(max_ell=1, **options)
+
+
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
 EVERY = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "linears", "published")]
 ONE_CONTRACTION = ("elora", "products.0.symmetric_contractions.contractions.1")
@@ -46,14 +55,24 @@ def test_energies_forces_and_gradients_are_those_of_the_plain_model(method, targ
     assert plain[1].norm() > 1e-3
 
 
-@pytest.mark.parametrize("options", [
-    pytest.param({"use_agnostic_product": True}, marks=pytest.mark.since("0.3.14")),
-    pytest.param({"use_reduced_cg": False}, marks=pytest.mark.since("0.3.14")),
-    {"max_L": 0},
-], ids=str)
-def test_other_bases_too(options):
-    model = new("elora", "published", **options)
-    torch.testing.assert_close(learn(on_cueq(model, **options)), learn(model), rtol=1e-10, atol=1e-12)
+NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+OTHERS = {
+    "max_L 0": ("0.3.13", {"max_L": 0}),
+    "agnostic product": ("0.3.14", {"use_agnostic_product": True}),
+    "all paths": ("0.3.14", {"use_reduced_cg": False}),
+    "non-linear": ("0.3.14", {"first": NON_LINEAR, "later": NON_LINEAR}),
+    # keeps some of e3nn's linear layers, in e3nn's layout
+    "PolarMACE": ("0.3.16", {"polar": True, "add_local_electron_energy": True, "atomic_multipoles_max_l": 1,
+                             "field_feature_max_l": 1}),
+}
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.since(since), id=name)
+                                     for name, (since, options) in OTHERS.items()])
+def test_other_bases_too(options, method):
+    model = randomise(new(method, "published", **options), scale=0.1)
+    torch.testing.assert_close(learn(on_cueq(model, **options)), learn(model), rtol=1e-9, atol=1e-12)
 
 
 def test_what_it_learns_goes_back():

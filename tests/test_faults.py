@@ -113,7 +113,7 @@ class LimitedFiles:
         pass
 
 
-@pytest.fixture(params=[LimitedFiles, SmallDisk] if can_mount() else [LimitedFiles])
+@pytest.fixture(params=[SmallDisk if can_mount() else LimitedFiles])
 def disk(request, tmp_path):
     disk = request.param(tmp_path / "disk")
     yield disk
@@ -143,7 +143,7 @@ def test_a_disk_that_takes_no_checkpoint_keeps_the_last_one(tmp_path, disk, faul
     folder = write_inputs(tmp_path / "run")
     options = {**PEFT, "checkpoints_dir": disk.folder}
     process = Forked(folder, arguments(folder, **options, max_num_epochs=500))
-    while not list(disk.folder.glob("*_epoch-[2-9].pt")):
+    while not any(int(re.search(r"epoch-(\d+)", path.name)[1]) >= 2 for path in disk.folder.glob("*_epoch-*.pt")):
         assert process.poll() is None, (folder / "stderr").read_text()
         time.sleep(0.01)
     if fault == "unwritable":

@@ -305,7 +305,7 @@ def test_a_rank_that_is_too_large_names_the_largest_of_use(model, method, target
 
 def test_the_widest_target_decides_on_the_rank(model):
     inject(model, PeftConfig("elora", rank=8, targets="interactions.0.conv_tp_weights, readouts.1.linear_2"))
-    assert len(list(adapted_blocks(model))) == 4
+    assert len(list(adapted_blocks(model))) == 5
 
 
 # --- refusals leave the model as it was -------------------------------------------------------------------------------
