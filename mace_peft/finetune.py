@@ -19,7 +19,7 @@ from torch import nn
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
 from mace_peft.files import NO_ROOM, complete, one_line_errors
-from mace_peft.foundation import check_taken_over, first_E0s, keep_les
+from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les
 from mace_peft.injection import eject, fold, freeze, trainability_kept
 from mace_peft.losses import FiniteLosses
 from mace_peft.models import is_adapted, trainable_parameters
@@ -107,8 +107,22 @@ class FineTune:
             self.base = self.original.remove_pt_head(eject(copy.deepcopy(foundation)), head)
         return self.original.remove_pt_head(foundation, head)
 
+    def chosen_head(self, foundation: nn.Module, head_configs: list) -> nn.Module:
+        """The foundation with one head. Below 0.3.15, MACE takes ``--foundation_head`` for replay alone.
+
+        Raises PeftError for ``--E0s=foundation`` where MACE has taken those of another head by now.
+        """
+        if len(getattr(foundation, "heads", ())) < 2:
+            return foundation
+        first = first_E0s(foundation)
+        chosen = self.remove_pt_head(foundation, self.args.foundation_head)
+        if first_E0s(chosen) != first and any(str(head.E0s).lower() == "foundation" for head in head_configs):
+            raise PeftError(f"--E0s foundation takes those of the head {foundation.heads[0]} before mace-torch 0.3.15, "
+                            f"and this run starts from the head {chosen.heads[0]}: give the E0s as numbers")
+        return chosen
+
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
-        foundation = foundation.to(torch.get_default_dtype())
+        foundation = self.chosen_head(foundation.to(torch.get_default_dtype()), head_configs)
         adapted = foundation if is_adapted(foundation) else self.start.adapted
         if adapted is not None:
             elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
@@ -124,6 +138,7 @@ class FineTune:
             raise PeftError(f"mace_run_train cannot fine-tune foundation model {args.foundation_model}, a "
                             f"{type(foundation).__name__} of {foundation.num_interactions} {blocks} "
                             f"({one_line(error)}): give another foundation model") from error
+        keep_constants(model, foundation)
         keep_les(model, foundation)
         check_taken_over(model, foundation)
         if atomic_energies is not None:

@@ -97,6 +97,7 @@ def rebuild(
         }
         model = load_foundations_elements(type(foundation)(**config), foundation, AtomicNumberTable(elements),
                                           load_readout=True, max_L=config["hidden_irreps"].lmax)
+    keep_constants(model, foundation)
     keep_les(model, foundation)
     check_taken_over(model, foundation)
     return model.to(next(foundation.parameters()).device)
@@ -116,6 +117,17 @@ def check_taken_over(model: nn.Module, foundation: nn.Module) -> None:
         heads = "" if len(model.heads) == 1 else f" for the heads {', '.join(model.heads)}"
         raise PeftError(f"mace_run_train cannot take {odd[0]} of this {type(foundation).__name__} over{heads}: "
                         "give another foundation model, or one head")
+
+
+def keep_constants(model: nn.Module, foundation: nn.Module) -> None:
+    """Give the model the constants of the foundation, which are rounded where that was made in float32.
+
+    mace-torch 0.3.16 takes them over; earlier releases compute them anew, in the run's dtype.
+    """
+    held = dict(foundation.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in held and held[name].shape == buffer.shape and not name.startswith("atomic_energies_fn."):
+            buffer.copy_(held[name])
 
 
 def keep_les(model: nn.Module, foundation: nn.Module) -> None:

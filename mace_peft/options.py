@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,8 @@ CONFLICTS = {
     "les_arguments": "LES keeps the settings of the foundation: leave it out",
     "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
-MODELS = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")  # --model values that take the foundation's blocks over
+# --model values that take the foundation's blocks over: class of the model that MACE makes then
+MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -80,6 +82,9 @@ def check_options(args: argparse.Namespace) -> None:
     for name, reason in CONFLICTS.items():
         if getattr(args, name, None):
             raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
+    if args.device == "xpu":
+        raise PeftError("--device xpu cannot go with --peft: MACE goes on with another model there (ipex.optimize), "
+                        "which would lose the adapters: use cuda or cpu")
     from mace import data  # as late as this, for a run without --peft
 
     check_cueq(args)
@@ -97,14 +102,11 @@ def check_options(args: argparse.Namespace) -> None:
     if not args.foundation_filter_elements:
         raise PeftError("--foundation_filter_elements False leaves the readouts at random values, which --peft would "
                         "freeze: leave it out")
-    for stage in ("", "_stagetwo"):
-        directory = adapter_directory(args, stage)
-        if directory.exists() and not directory.is_dir():
-            raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or "
-                            "give this run another --name")
     for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
                          "log_dir": "logs"}.items():
         check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
+    for stage in ("", "_stagetwo"):
+        check_free(adapter_directory(args, stage))
 
 
 def check_cueq(args: argparse.Namespace) -> None:
@@ -128,6 +130,20 @@ def check_writable(option: str, directory: Path) -> None:
     except OSError as error:
         raise PeftError(f"{option} {directory} cannot be written to ({there}: {error.strerror}): allow it, or give "
                         "another directory") from None
+
+
+def check_free(directory: Path) -> None:
+    """Raise PeftError if the adapter's directory cannot have this name."""
+    try:
+        taken = not stat.S_ISDIR(os.stat(directory).st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise PeftError(f"the adapter cannot go to {directory} ({error.strerror}): give this run another --name"
+                        ) from None
+    if taken:
+        raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or give "
+                        "this run another --name")
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import types
 from collections.abc import Iterator
-from importlib import metadata
 
 from mace_peft.config import PeftError
 from mace_peft.options import add_options, check_options, read_settings, stop
@@ -51,8 +50,9 @@ def install(run_train: types.ModuleType) -> None:
 
 
 def check_version() -> None:
-    """Raise PeftError if the mace-torch that is installed is none that ``--peft`` has been tested with."""
-    version = metadata.version("mace-torch")
+    """Raise PeftError if the mace-torch that runs is none that ``--peft`` has been tested with."""
+    from mace import __version__ as version  # of the code, which need not be what is installed
+
     if version not in SUPPORTED:
         raise PeftError(f"mace-torch {version} is not supported by this mace-peft, which knows {', '.join(SUPPORTED)}: "
                         f"install one of them (pip install mace-torch=={SUPPORTED[-1]}), or a newer mace-peft")

@@ -15,9 +15,7 @@ from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import check, eject, inject
 from mace_peft.loading import fill, load_adapter
 from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
-
-# --model: class of the model that MACE makes from a foundation
-CLASSES = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
+from mace_peft.options import MODELS
 
 
 @dataclasses.dataclass
@@ -70,7 +68,7 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
 
 def check_class(args: argparse.Namespace, foundation: nn.Module) -> None:
     """Raise PeftError if ``--model`` makes a model that lacks parts of the foundation, or has parts that it lacks."""
-    made, held = CLASSES[args.model], type(foundation).__name__
+    made, held = MODELS[args.model], type(foundation).__name__
     if made != held:
         raise PeftError(f"--model {args.model} makes a {made} of foundation model {args.foundation_model}, which is a "
                         f"{held}: parts of it would be lost, or be random and frozen; use --model {held}")

@@ -5,6 +5,7 @@ interpreter with the start-up hook, and each of its processes runs the command's
 code, so that it can also be killed.
 """
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,13 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["mace.cli.run_train", "mace_peft.finetune", "mace_peft.start"])
+
+
+def remember_sources() -> None:
+    """A third of the time to build a model goes into TorchScript's reading of the same classes' source again."""
+    import torch._jit_internal as jit
+
+    jit.get_type_hint_captures = functools.cache(jit.get_type_hint_captures)
 
 
 def run_command(folder: Path, argv: list[str]) -> None:
@@ -26,6 +34,7 @@ def run_command(folder: Path, argv: list[str]) -> None:
 
     warnings.simplefilter("ignore")  # stderr is then what MACE and mace-peft say
     torch.set_num_threads(1)
+    remember_sources()
     sys.argv = ["mace_run_train", *argv]
     sys.exit(run_train.main())
 

@@ -6,10 +6,11 @@ All heads share the adapters; heads, weights and pseudolabels do what an equival
 import ase.io
 import pytest
 import torch
-from combined import PEFT, adapters, assert_same, differ, fine_tune, known, train_only
+from combined import PEFT, adapters, assert_same, differ, fine_tune, train_only
+from releases import since
 from runs import E0S, MOLECULE, reach_training, write_inputs
 from safetensors.torch import load_file
-from tiny import configurations, predict, tiny_mace
+from tiny import batch, configurations, predict, tiny_mace
 
 OTHER_E0S = "{1: -0.9, 6: -1.5, 8: -3.1}"
 # everything in one batch; the moving average and the learning rate are those that MACE sets for replay otherwise
@@ -127,7 +128,7 @@ def test_heads_may_have_keys_of_their_own(inputs, start, tmp_path):
 
 def test_a_replay_run_leaves_both_heads(inputs, tmp_path):
     """With the options that go with it; the readouts train along and differ in the end."""
-    ratio = {"real_pt_data_ratio_threshold": 2.0} if known("real_pt_data_ratio_threshold") else {}
+    ratio = {"real_pt_data_ratio_threshold": 2.0} if since("0.3.14") else {}
     options = replay(inputs) | ratio | {"batch_size": 4, "start_swa": 1, "peft_train_also": "readouts.*"}
     run = fine_tune(inputs, tmp_path, "--swa", **options, weight_pt_head=0.5, skip_evaluate_heads="Default",
                     peft="elora")
@@ -153,27 +154,50 @@ def check_pseudolabels(folder, foundation, tmp_path, **options) -> str:
     return run.log
 
 
-if known("pseudolabel_replay"):
+@pytest.mark.since("0.3.14")
+def test_pseudolabels_come_from_the_foundation(inputs, start, tmp_path):
+    """Also where the run starts from an adapter."""
+    foundation = torch.load(inputs / "foundation.model", weights_only=False)
+    log = check_pseudolabels(inputs, foundation, tmp_path, **start)
+    assert "Replay: 8 structures without labels take their pseudolabels with weight 1" in log
 
-    def test_pseudolabels_come_from_the_foundation(inputs, start, tmp_path):
-        """Also where the run starts from an adapter."""
-        foundation = torch.load(inputs / "foundation.model", weights_only=False)
-        log = check_pseudolabels(inputs, foundation, tmp_path, **start)
-        assert "Replay: 8 structures without labels take their pseudolabels with weight 1" in log
 
-    def test_pseudolabels_come_from_a_foundation_of_another_dtype(inputs, tmp_path):
-        foundation = tiny_mace(dtype=torch.float32)
-        folder = write_inputs(tmp_path, MOLECULE, foundation)
-        for file in inputs.glob("pt*.xyz"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        log = check_pseudolabels(folder, foundation.double(), tmp_path)
-        assert "Error generating pseudolabels" not in log
+@pytest.mark.since("0.3.14")
+def test_pseudolabels_come_from_a_foundation_of_another_dtype(inputs, tmp_path):
+    foundation = tiny_mace(dtype=torch.float32)
+    folder = write_inputs(tmp_path, MOLECULE, foundation)
+    for file in inputs.glob("pt*.xyz"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    log = check_pseudolabels(folder, foundation.double(), tmp_path)
+    assert "Error generating pseudolabels" not in log
 
-    def test_pseudolabels_come_from_the_head_that_is_trained(inputs, tmp_path):
-        foundation = tiny_mace(heads=("pt_head", "other"))
-        with torch.no_grad():
-            foundation.atomic_energies_fn.atomic_energies[1] += 0.5
-        folder = write_inputs(tmp_path, MOLECULE, foundation)
-        for file in inputs.glob("pt*.xyz"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        check_pseudolabels(folder, foundation, tmp_path, foundation_head="other")
+
+@pytest.mark.since("0.3.14")
+def test_pseudolabels_come_from_the_head_that_is_trained(inputs, tmp_path):
+    foundation = tiny_mace(heads=("pt_head", "other"))
+    with torch.no_grad():
+        foundation.atomic_energies_fn.atomic_energies[1] += 0.5
+    folder = write_inputs(tmp_path, MOLECULE, foundation)
+    for file in inputs.glob("pt*.xyz"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    check_pseudolabels(folder, foundation, tmp_path, foundation_head="other")
+
+
+@pytest.mark.since("0.3.15")
+def test_pseudolabels_weigh_1_where_the_file_has_no_label(inputs, tmp_path):
+    """A weight that it gives to a label of its own stays; and stresses are labels if they are asked for."""
+    structures = configurations(3, MOLECULE, seed=11, periodic=True)
+    del structures[0].info["REF_energy"], structures[1].arrays["REF_forces"]
+    structures[2].info["config_energy_weight"] = 0.0
+    ase.io.write(tmp_path / "pt.xyz", structures)
+    options = replay(inputs) | {"pt_train_file": tmp_path / "pt.xyz", "batch_size": 4, "pseudolabel_replay": True}
+    given = reach_training(inputs, **PEFT, **options, pseudolabel_replay_compute_stress=True)
+    held = [item for item in given["train_loader"].dataset if given["model"].heads[item.head] == "pt_head"]
+    assert [item.energy_weight.item() for item in held] == [1, 1, 0]
+    assert [item.forces_weight.item() for item in held] == [1, 1, 1]
+    assert [item.stress_weight.item() for item in held] == [1, 1, 1]
+    foundation = torch.load(inputs / "foundation.model", weights_only=False)
+    output = foundation(batch(foundation, structures), compute_stress=True)
+    for name in ("energy", "forces", "stress"):
+        labels = torch.cat([torch.atleast_1d(getattr(item, name)) for item in held])
+        torch.testing.assert_close(labels, output[name].detach(), rtol=1e-6, atol=1e-6)

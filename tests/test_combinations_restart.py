@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-from combined import PEFT, adapters, assert_same, differ, fine_tune, since, train_only
-from runs import Run, reach_training, write_inputs
+from combined import PEFT, adapters, assert_same, differ, fine_tune, train_only, write_small
+from releases import since
+from runs import Run, reach_training
 
 # all structures in one batch, for a restart begins with the first order of the batches
 OPTIONS = {"batch_size": 8}
@@ -12,8 +13,7 @@ OPTIONS = {"batch_size": 8}
 STAGE_TWO = {"swa_lr": 0.02 if since("0.3.15") else 0.01, "swa_energy_weight": 50.0, "swa_forces_weight": 5.0}
 # flags and options of a run; whether it is in stage two after epoch 1; its epochs, and what the restart has otherwise
 CASES = {
-    "adam": ([], {}, False, 3, {}),
-    "elora": ([], {"peft": "elora", "peft_targets": "published"}, False, 3, {}),
+    "adam, elora": ([], {"peft": "elora", "peft_targets": "published"}, False, 3, {}),
     "schedulefree": ([], {"optimizer": "schedulefree"}, False, 3, {}),
     "lbfgs": (["--lbfgs"], {}, False, 3, {}),
     "in stage two": (["--swa"], STAGE_TWO | {"start_swa": 1}, True, 3, {}),
@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
+    return write_small(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("flags, options, stage_two, epochs, changed", CASES.values(), ids=CASES)

@@ -3,14 +3,14 @@
 import argparse
 import ast
 import re
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from mace import modules
 from mace.cli import run_train
-from runs import reach_training, write_inputs
+from releases import release, since
+from runs import reach_training, train_here, write_inputs
 from tiny import tiny_mace
 
 from mace_peft import PeftError, start, trainable_parameters
@@ -23,7 +23,6 @@ OPTION = re.compile(r"`(--\w+)")
 HEADER = ["feature", "with `--peft`", "mace-torch", "test"]
 RELEASE = r"0\.3\.\d+"
 VERSIONS = re.compile(rf"{RELEASE}( - {RELEASE})?|below {RELEASE}, above {RELEASE}")
-VERSION = metadata.version("mace-torch")
 
 
 def rows(part: str) -> list[list[str]]:
@@ -33,6 +32,14 @@ def rows(part: str) -> list[list[str]]:
 
 
 ROWS = [row for row in rows(FEATURES) if row != HEADER]
+
+
+def needs(file: str, name: str) -> tuple[int, ...]:
+    """The release that the test's ``since`` mark names, or the first. There is such a test."""
+    tree = ast.parse((TESTS / file).read_text())
+    (test,) = [item for item in tree.body if isinstance(item, ast.FunctionDef) and item.name == name]
+    marks = [re.fullmatch(r"pytest\.mark\.since\('(.*)'\)", ast.unparse(mark)) for mark in test.decorator_list]
+    return max(release(mark[1]) for mark in [*filter(None, marks), re.match("(.*)", SUPPORTED[0])])
 
 
 def options_of_mace() -> set[str]:
@@ -56,11 +63,10 @@ def test_every_row_says_what_holds_where_and_names_tests_that_exist(row):
     assert re.match("(works|refused)", outcome)
     assert VERSIONS.fullmatch(versions)
     assert set(re.findall(RELEASE, versions)) <= set(SUPPORTED)
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", tests)
+    first = release(SUPPORTED[0] if versions.startswith("below") else versions.split(" - ")[0])
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", tests)
     assert named
-    for file, name in named:
-        tree = ast.parse((TESTS / file).read_text())
-        assert not name or name in [item.name for item in ast.walk(tree) if isinstance(item, ast.FunctionDef)]
+    assert {needs(file, name) for file, name in named} <= {release(SUPPORTED[0]), first}
 
 
 @pytest.mark.since(SUPPORTED[-1])
@@ -73,10 +79,10 @@ def test_the_options_of_the_page_exist():
 
 def test_adapters_have_the_learning_rate_and_decay_of_the_part_they_are_in(tmp_path):
     factors = {"products_lr_factor": 0.1, "readouts_lr_factor": 0.5}
-    if VERSION in SUPPORTED[:2]:
-        options, factors = {}, {}  # below 0.3.15, all parts have the same learning rate
-    else:
+    if since("0.3.15"):
         options = {"lr_params_factors": str(factors).replace("'", '"')}
+    else:
+        options, factors = {}, {}  # all parts have the same learning rate
     given = reach_training(write_inputs(tmp_path), peft="mmea", peft_rank=2, peft_targets="*.linear, *.linear_up",
                            lr=0.02, weight_decay=0.3, **options)
     held = {id(parameter): group for group in given["optimizer"].param_groups for parameter in group["params"]}
@@ -87,6 +93,47 @@ def test_adapters_have_the_learning_rate_and_decay_of_the_part_they_are_in(tmp_p
         assert group["lr"] == pytest.approx(0.02 * factors.get(f"{part}_lr_factor", 1))
         assert group["weight_decay"] == (0.3 if part == "products" else 0)
     assert parts == {"node_embedding", "interactions", "products", "readouts"}
+
+
+# options that are refused, and what the line says of them
+REFUSED = [
+    pytest.param({"device": "xpu"}, ["--device xpu", "lose the adapters", "use cuda or cpu"], id="xpu"),
+    pytest.param({"name": 250 * "a"}, [250 * "a", "File name too long", "another --name"], id="name too long"),
+    *(pytest.param({"model": model}, [f"--model {model}", "new model", "ScaleShiftMACE"], id=model)
+      for model in ("AtomicDipolesMACE", "EnergyDipolesMACE", "BOTNet", "ScaleShiftBOTNet")),
+    pytest.param({"model": "AtomicDielectricMACE"}, ["--model AtomicDielectricMACE", "new model"],
+                 marks=pytest.mark.since("0.3.14"), id="AtomicDielectricMACE"),
+]
+
+
+def refusal(capsys, folder: Path, **options) -> str:
+    """The line with which the command stops, before it finds that there are no data and no foundation."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train_here(folder, **{"peft": "mmea", "peft_rank": 2} | options)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.startswith("mace_run_train: error: ") and message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("options, words", REFUSED)
+def test_an_option_that_cannot_go_with_peft_is_refused(tmp_path, capsys, options, words):
+    message = refusal(capsys, tmp_path, **options)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.since("0.3.14")
+def test_settings_for_les_are_refused(tmp_path, capsys):
+    (tmp_path / "les.yaml").write_text("strength: 1.0")
+    message = refusal(capsys, tmp_path, les_arguments=tmp_path / "les.yaml")
+    assert "--les_arguments {'strength': 1.0}" in message and "settings of the foundation: leave it out" in message
+
+
+@pytest.mark.parametrize("stage", ["", "_stagetwo"])
+def test_a_name_where_a_file_is_in_the_way_is_refused(tmp_path, capsys, stage):
+    (tmp_path / f"water{stage}_adapter").touch()
+    message = refusal(capsys, tmp_path, name="water")
+    assert f"water{stage}_adapter is a file" in message and "another --name" in message
 
 
 @pytest.mark.parametrize("asked, held", [("MACE", "MACELES"), ("ScaleShiftMACE", "PolarMACE"),

@@ -1,7 +1,6 @@
 """``mace_run_train --peft`` on foundations of every family: it fine-tunes them, or says which it cannot."""
 
 import sys
-from importlib import metadata
 
 import ase.io
 import mace  # noqa: F401  before e3nn
@@ -9,12 +8,11 @@ import pytest
 import torch
 from mace import modules
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, fork, train_here, write_inputs
-from test_families import DIPOLES, KNOWN, NON_LINEAR, dipole_model
+from test_families import DIPOLES, NON_LINEAR, OPTIONS, dipole_model, families
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import load_adapter
 
-MACE = int(metadata.version("mace-torch").split(".")[2])  # 13 to 16
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "lr": 0.001}
 # a stand-in for the package les, which is on no index: charges that attract and repel at all distances
 LES = """
@@ -62,6 +60,11 @@ def assert_fine_tunes(folder, foundation, *flags, elements=None, **options):
     """The run lowers its loss, and foundation file + adapter directory give its model."""
     molecule = FEWER_ELEMENTS if elements is None else elements
     write_inputs(folder, molecule, foundation)
+    for file in folder.glob("*.xyz") if "dipole" in options.get("loss", "") else ():
+        structures = ase.io.read(file, ":")
+        for atoms in structures:
+            atoms.info["REF_dipole"] = [0.3, -0.2, 0.5]
+        ase.io.write(file, structures)
     run = fork(folder, *flags, **PEFT | {"E0s": E0S[molecule], "test_file": None, "max_num_epochs": 1} | options)
     assert run.returncode == 0, run.stderr
     structures = configurations(2, molecule, seed=9)
@@ -76,31 +79,27 @@ def assert_fine_tunes(folder, foundation, *flags, elements=None, **options):
     return run
 
 
-# by the patch version of mace-torch 0.3 that brought the family
-RUNS = {13: ["scalars only", "max_L 3", "density", "repulsion"], 14: ["non-linear", "OMOL"], 15: [], 16: []}
-
-
-@pytest.mark.parametrize("name", [name for since, names in RUNS.items() if since <= MACE for name in names])
+@pytest.mark.parametrize("name", families("scalars only", "max_L 3", "density", "repulsion", "non-linear", "OMOL"))
 def test_a_foundation_of_the_family_is_fine_tuned(name, tmp_path):
-    assert_fine_tunes(tmp_path, tiny_mace(**KNOWN[name]))
+    assert_fine_tunes(tmp_path, tiny_mace(**OPTIONS[name]))
 
 
-if MACE >= 14:
+@pytest.mark.since("0.3.14")
+def test_a_foundation_with_les_is_fine_tuned_with_its_settings_as_a_stand_in_shows(les, tmp_path):
+    run = assert_fine_tunes(tmp_path, maceles(), model="MACELES")
+    assert run.model().les.strength == 2.0
 
-    def test_a_foundation_with_les_is_fine_tuned_with_its_settings_as_a_stand_in_shows(les, tmp_path):
-        run = assert_fine_tunes(tmp_path, maceles(), model="MACELES")
-        assert run.model().les.strength == 2.0
 
-
-if MACE >= 16:
-
-    def test_a_polar_foundation_is_fine_tuned(tmp_path):
-        polar = tiny_mace(model_class=modules.PolarMACE, add_local_electron_energy=True, atomic_multipoles_max_l=1,
-                          field_feature_max_l=1, first=NON_LINEAR, later=NON_LINEAR)
-        run = assert_fine_tunes(tmp_path, polar, model="PolarMACE")
-        own = ("field_dependent_charges_maps.", "local_electron_energy.", "lr_source_maps.", "fukui_source_map.",
-               "layer_feature_mixer.")
-        assert all(any(name.startswith(layers) for name in run.adapter_tensors()) for layers in own)
+@pytest.mark.since("0.3.16")
+def test_a_polar_foundation_is_fine_tuned(tmp_path):
+    polar = tiny_mace(model_class=modules.PolarMACE, add_local_electron_energy=True, atomic_multipoles_max_l=1,
+                      field_feature_max_l=1, first=NON_LINEAR, later=NON_LINEAR)
+    run = assert_fine_tunes(tmp_path, polar, model="PolarMACE", loss="energy_forces_dipole",
+                            dipole_key="REF_dipole")
+    assert "rmse_mu_per_atom" in run.metrics[-1]
+    own = ("field_dependent_charges_maps.", "local_electron_energy.", "lr_source_maps.", "fukui_source_map.",
+           "layer_feature_mixer.")
+    assert all(any(name.startswith(layers) for name in run.adapter_tensors()) for layers in own)
 
 
 @pytest.mark.parametrize("loss", ["stress", "universal", "virials"])
@@ -152,7 +151,7 @@ def refusal(capsys, tmp_path):
     ("MACE", ["is a MACE", "ScaleShiftMACE"]),
 ])
 def test_a_foundation_that_mace_cannot_take_over_is_refused_by_name(refusal, name, words):
-    message = refusal(tiny_mace(**KNOWN[name]))
+    message = refusal(tiny_mace(**OPTIONS[name]))
     assert all(word in message for word in words) and "give" in message
 
 
@@ -162,11 +161,10 @@ def test_a_foundation_for_dipoles_is_refused_by_name(refusal, name):
     assert f"is a {name}" in message and "cannot fine-tune that class" in message
 
 
-if MACE >= 14:
-
-    def test_les_of_several_heads_is_refused_as_a_stand_in_shows(les, refusal, tmp_path):
-        """MACE would leave its charges at random."""
-        files = {f"{part}_file": str(tmp_path / f"{part}.xyz") for part in ("train", "valid")}
-        heads = {head: {**files, "E0s": E0S[MOLECULE]} for head in ("one", "two")}
-        message = refusal(maceles(), model="MACELES", heads=str(heads))
-        assert "les_readouts." in message and "one, two" in message
+@pytest.mark.since("0.3.14")
+def test_les_of_several_heads_is_refused_as_a_stand_in_shows(les, refusal, tmp_path):
+    """MACE would leave its charges at random."""
+    files = {f"{part}_file": str(tmp_path / f"{part}.xyz") for part in ("train", "valid")}
+    heads = {head: {**files, "E0s": E0S[MOLECULE]} for head in ("one", "two")}
+    message = refusal(maceles(), model="MACELES", heads=str(heads))
+    assert "les_readouts." in message and "one, two" in message
