@@ -9,6 +9,7 @@ import torch
 import yaml
 from e3nn.util import jit
 from mace import modules
+from mace.cli import run_train
 from runs import arguments, call, reach_training, train_here, write_inputs
 from tiny import tiny_mace
 
@@ -68,6 +69,8 @@ BAD_COMBINATIONS = {
     "random readouts": ({"foundation_filter_elements": False}, ["--foundation_filter_elements False", "leave it out"]),
     "model": ({"model": "AtomicDipolesMACE"}, ["--model AtomicDipolesMACE", "new model", "ScaleShiftMACE"]),
 }
+SINCE = {"lora": pytest.mark.since("0.3.15"), "freeze": pytest.mark.since("0.3.15"),
+         "enable_oeq": pytest.mark.since("0.3.14")}  # releases of mace-torch in which the options came
 
 
 def compiled() -> bytes:
@@ -137,7 +140,8 @@ def test_a_bad_value_stops(refusal, options, words):
     assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize("options, words", BAD_COMBINATIONS.values(), ids=BAD_COMBINATIONS)
+@pytest.mark.parametrize("options, words", [
+    pytest.param(*case, id=name, marks=SINCE.get(name, ())) for name, case in BAD_COMBINATIONS.items()])
 def test_options_that_cannot_go_together_stop(refusal, options, words):
     message = refusal(**MMEA | options)
     assert [word for word in words if word not in message] == [], message
@@ -162,7 +166,7 @@ def test_a_bad_value_in_a_yaml_file_stops(refusal, tmp_path):
     assert "--peft_rank '2.5'" in refusal(f"--config={tmp_path / 'peft.yaml'}")
 
 
-@pytest.mark.parametrize("option", ["enable_cueq", "only_cueq"])
+@pytest.mark.parametrize("option", ["enable_cueq", pytest.param("only_cueq", marks=pytest.mark.since("0.3.14"))])
 def test_cuequivariance_that_is_not_installed_stops(refusal, option, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(**MMEA, **{option: True})
@@ -170,8 +174,10 @@ def test_cuequivariance_that_is_not_installed_stops(refusal, option, monkeypatch
 
 
 def test_options_that_only_look_like_conflicts_go_together(inputs):
-    """The defaults, and values that switch nothing on."""
-    given = reach_training(inputs, **MMEA, lora=False, freeze=0, enable_cueq=False, only_cueq=False, enable_oeq=False)
+    """The defaults, and values that switch nothing on, of what this release of MACE knows."""
+    off = {"lora": False, "freeze": 0, "enable_cueq": False, "only_cueq": False, "enable_oeq": False}
+    known = vars(run_train.tools.build_default_arg_parser().parse_args(["--name=any"]))
+    given = reach_training(inputs, **MMEA, **{name: value for name, value in off.items() if name in known})
     assert given["model"].peft_config == PeftConfig("mmea", rank=2)
 
 

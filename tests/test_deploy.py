@@ -181,7 +181,7 @@ def test_the_export_for_mliap_gives_the_same_energies_and_forces(folder, case):
     data = Neighbours(model, STRUCTURES[0])
     torch.load(file(folder, case, "lammps-mliap"), weights_only=False).compute_forces(data)
     energy, forces = trained(folder, case, STRUCTURES[:1])
-    assert data.energy == pytest.approx(energy.item(), rel=1e-10)
+    assert float(data.energy) == pytest.approx(energy.item(), rel=1e-10)
     assert np.allclose(data.forces, forces, rtol=1e-9, atol=1e-10)
 
 

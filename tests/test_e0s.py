@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from mace import data
+from releases import since
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, Run, reach_training, write_inputs
 from tiny import tiny_mace
 
@@ -27,19 +28,25 @@ def molecule(request):
 
 def fine_tune(folder, **options) -> tuple[dict[int, float], Run]:
     """E0s in eV, by element, with which the model goes into training; and the run, for its log."""
-    model = reach_training(folder, peft="mmea", peft_rank=2, **options)["model"]
+    return E0s_of(reach_training(folder, peft="mmea", peft_rank=2, **options)["model"]), Run(folder / "reached")
+
+
+def E0s_of(model) -> dict[int, float]:
     energies = model.atomic_energies_fn.atomic_energies.flatten().tolist()
-    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True)), Run(folder / "reached")
+    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True))
 
 
 @EVERY
 def test_the_model_holds_the_E0s_that_the_log_prints(tmp_path, molecule, E0s):
+    """And says so where MACE by itself, without ``--peft``, trains with others."""
     write_inputs(tmp_path, molecule)
-    held, run = fine_tune(tmp_path, E0s=E0S[molecule] if E0s == "given" else E0s)
+    options = {"E0s": E0S[molecule] if E0s == "given" else E0s}
+    held, run = fine_tune(tmp_path, **options)
     assert held == run.printed_E0s()
     assert all(energy != FOUNDATION_E0S[z] for z, energy in held.items())
     assert E0s != "given" or held == ast.literal_eval(E0S[molecule])
-    assert run.log.count(PUT_RIGHT) == (molecule == MOLECULE)
+    of_mace = E0s_of(reach_training(tmp_path, work_dir=tmp_path / "plain", **options)["model"])
+    assert run.log.count(PUT_RIGHT) == (of_mace != held)
 
 
 @EVERY
@@ -72,6 +79,21 @@ def test_the_E0s_of_the_foundation_need_no_putting_right(tmp_path):
     held, run = fine_tune(write_inputs(tmp_path), E0s="foundation")
     assert held == run.printed_E0s() == FOUNDATION_E0S
     assert PUT_RIGHT not in run.log
+
+
+def test_the_E0s_of_one_head_of_the_foundation(tmp_path, capsys):
+    """Before 0.3.15, MACE takes those of the first head, whichever is chosen: that is refused."""
+    foundation = tiny_mace(heads=("a", "b"))
+    foundation.atomic_energies_fn.atomic_energies[1] -= 0.25
+    write_inputs(tmp_path, foundation=foundation)
+    assert fine_tune(tmp_path, E0s="foundation", foundation_head="a")[0] == FOUNDATION_E0S
+    if since("0.3.15"):
+        of_b = {z: energy - 0.25 for z, energy in FOUNDATION_E0S.items()}
+        assert fine_tune(tmp_path, E0s="foundation", foundation_head="b")[0] == of_b
+        return
+    with pytest.raises(SystemExit):
+        fine_tune(tmp_path, E0s="foundation", foundation_head="b")
+    assert "this run starts from the head b: give the E0s as numbers" in capsys.readouterr().err
 
 
 @ESTIMATED

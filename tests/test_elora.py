@@ -9,7 +9,8 @@ from e3nn import nn as e3nn_nn
 from e3nn import o3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mace.modules.symmetric_contraction import Contraction, EmptyParam, SymmetricContraction
+from mace.modules import symmetric_contraction
+from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from tiny import irreps_lists, randomise
 
 from mace_peft import PeftConfig
@@ -307,9 +308,10 @@ def test_every_contraction_of_a_set_has_its_own_update():
     torch.testing.assert_close(adapted(x, elements_of), base(x, elements_of))
 
 
+@pytest.mark.since("0.3.14")
 def test_a_weight_of_paths_that_do_not_exist_stays_zero():
     block = contraction(correlation=2)
-    block.weights[0] = EmptyParam(block.weights[0])
+    block.weights[0] = symmetric_contraction.EmptyParam(block.weights[0])
     adapt(block)
     x, elements_of = torch.randn(4, 2, 9, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 2, 1, 0]]
     block(x, elements_of).sum().backward()

@@ -107,6 +107,7 @@ def test_elements_that_the_structures_lack_are_left_out():
     assert list(result["atoms"]) == list(result["blocks"]["products.0"]["1o"]) == ["H", "O"]
 
 
+@pytest.mark.since("0.3.14")
 def test_linear_layers_of_every_interaction_block_act_on_atoms():
     model = adapted("mmea", "linears", later=NONLINEAR, first=NONLINEAR)
     result = gain_statistics(model, STRUCTURES[:1])
@@ -189,21 +190,23 @@ MATRICES = {
     "interactions.1.linear": (["0e", "1o", "2e"], lambda m: rows(m.interactions[1].linear, 8, 12, 8)),
     "interactions.0.skip_tp": (["0e⊗0e", "1o⊗0e", "2e⊗0e"], lambda m: rows(m.interactions[0].skip_tp, 12, 12, 12)),
     "interactions.0.conv_tp_weights": (
-        ["layer0", "layer1", "layer2", "layer3"], lambda m: [layer.weight for layer in m.interactions[0].conv_tp_weights]),
+        ["layer0", "layer1", "layer2", "layer3"],
+        lambda m: [layer.weight for layer in m.interactions[0].conv_tp_weights]),
     "products.0.symmetric_contractions": (
         ["contractions.0", "contractions.1"],
         lambda m: [c.weights_max.reshape(-1, 4) for c in m.products[0].symmetric_contractions.contractions]),
 }
 NEWER = {  # its radial MLP is made of nn.Linear layers
     "interactions.1.conv_tp_weights": (
-        ["net.0", "net.3", "net.6", "net.9"], lambda m: [m.interactions[1].conv_tp_weights.net[i].weight for i in (0, 3, 6, 9)]),
+        ["net.0", "net.3", "net.6", "net.9"],
+        lambda m: [m.interactions[1].conv_tp_weights.net[i].weight for i in (0, 3, 6, 9)]),
 }
 
 
 @pytest.mark.parametrize("method, options, expected", [
     ("elora", {}, MATRICES),
     ("mmea", {}, {name: MATRICES[name] for name in MATRICES if "linear" not in name}),
-    ("elora", {"later": NONLINEAR}, NEWER),
+    pytest.param("elora", {"later": NONLINEAR}, NEWER, marks=pytest.mark.since("0.3.14")),
 ])
 def test_singular_values_are_those_of_merged_minus_base_weights(method, options, expected):
     base = foundation(**options)
