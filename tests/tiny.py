@@ -1,5 +1,7 @@
 """Small real MACE models and data that tests share: built in memory, in seconds, from a seed."""
 
+import copy
+
 import mace  # noqa: F401  before e3nn
 import numpy as np
 import torch
@@ -15,31 +17,46 @@ from releases import since
 ELEMENTS = (1, 6, 8)
 
 
-def tiny_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=3, interactions=2, heads=("Default",),
-              dtype=torch.float64, seed=0, first="RealAgnosticInteractionBlock",
-              later="RealAgnosticResidualInteractionBlock", model_class=modules.ScaleShiftMACE, **options):
+MADE: dict[str, torch.nn.Module] = {}
+
+
+def tiny_mace(dtype=torch.float64, seed=0, **options):
+    """A model of these options (``new_mace``): a copy, for to make one takes longer than most tests with it.
+
+    torch's random numbers go on from the seed.
+    """
+    key = repr((dtype, seed, sorted(options.items())))
+    if key not in MADE:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(seed)
+        try:
+            MADE[key] = new_mace(**options)
+        finally:
+            torch.set_default_dtype(before)
+    torch.manual_seed(seed)
+    return copy.deepcopy(MADE[key])
+
+
+def new_mace(elements=ELEMENTS, channels=4, max_L=1, max_ell=2, correlation=3, interactions=2, heads=("Default",),
+             first="RealAgnosticInteractionBlock", later="RealAgnosticResidualInteractionBlock",
+             model_class=modules.ScaleShiftMACE, **options):
     """A ScaleShiftMACE with random weights, on the CPU; as MACE saves one, every parameter is trainable."""
     atomic_energies, scale, shift = -np.arange(1.0, len(elements) + 1), 0.8, 0.1
     if len(heads) > 1:
         atomic_energies, scale, shift = (np.stack([value] * len(heads)) for value in (atomic_energies, scale, shift))
     if issubclass(model_class, modules.ScaleShiftMACE):
         options = {"atomic_inter_scale": scale, "atomic_inter_shift": shift, **options}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    torch.manual_seed(seed)
-    try:
-        return model_class(
-            r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=max_ell,
-            interaction_cls=modules.interaction_classes[later],
-            interaction_cls_first=modules.interaction_classes[first],
-            num_interactions=interactions, num_elements=len(elements),
-            hidden_irreps=(channels * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
-            MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
-            avg_num_neighbors=3.0, atomic_numbers=list(elements),
-            atomic_energies=atomic_energies, correlation=correlation, radial_MLP=[8, 8, 8], radial_type="bessel",
-            heads=list(heads), **options)
-    finally:
-        torch.set_default_dtype(before)
+    return model_class(
+        r_max=4.0, num_bessel=4, num_polynomial_cutoff=5, max_ell=max_ell,
+        interaction_cls=modules.interaction_classes[later],
+        interaction_cls_first=modules.interaction_classes[first],
+        num_interactions=interactions, num_elements=len(elements),
+        hidden_irreps=(channels * o3.Irreps.spherical_harmonics(max_L)).sort().irreps.simplify(),
+        MLP_irreps=o3.Irreps("8x0e"), gate=torch.nn.functional.silu,
+        avg_num_neighbors=3.0, atomic_numbers=list(elements),
+        atomic_energies=atomic_energies, correlation=correlation, radial_MLP=[8, 8, 8], radial_type="bessel",
+        heads=list(heads), **options)
 
 
 def medium_mace():
