@@ -38,7 +38,12 @@ def load_foundation(name: str, dtype: str = "") -> nn.Module:
     if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
         raise PeftError(f"foundation model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
                         "file that mace_run_train wrote")
-    if "error" in extract_config_mace_model(model):
+    try:
+        known = "error" not in extract_config_mace_model(model)
+    except Exception as error:  # of a shape that this mace-torch does not know
+        raise PeftError(f"foundation model {name} is a {type(model).__name__} that this mace-torch cannot read "
+                        f"({one_line(error)}): give another, or upgrade mace-torch") from error
+    if not known:
         raise PeftError(f"foundation model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
                         "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
     return with_heads(model)

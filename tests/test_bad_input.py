@@ -91,6 +91,12 @@ def without_scale_shift() -> torch.nn.Module:
     return model
 
 
+def without_radial_embedding() -> torch.nn.Module:
+    model = tiny_mace()
+    del model.radial_embedding
+    return model
+
+
 # what writes the bytes of the foundation file, and what the line says of it
 BAD_FOUNDATIONS = {
     "missing": (None, ["neither a file nor a name that MACE knows"]),
@@ -102,6 +108,7 @@ BAD_FOUNDATIONS = {
     "checkpoint": (lambda: saved({"model": tiny_mace().state_dict(), "optimizer": {}}),
                    ["holds a dict", ".model file"]),
     "class": (lambda: saved(without_scale_shift()), ["is a MACE", "ScaleShiftMACE"]),
+    "in part": (lambda: saved(without_radial_embedding()), ["is a ScaleShiftMACE", "cannot read", "upgrade"]),
     "compiled": (compiled, ["TorchScript", ".model file that it was compiled from"]),
     "adapted by another method": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2))),
                                   ["--peft mmea differs from the elora", "start from the foundation"]),
