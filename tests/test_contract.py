@@ -14,7 +14,7 @@ from e3nn.util import jit
 from mace import modules
 from mace.calculators import MACECalculator
 from mace.tools.scripts_utils import extract_config_mace_model
-from tiny import batch, configurations, predict, randomise, tiny_mace
+from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, merge, trainable_parameters
 from mace_peft.injection import fold
@@ -98,16 +98,6 @@ def base_prediction(max_L, dtype):
 @functools.cache
 def prediction(case):
     return settled(shared(case))
-
-
-def assert_equal(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def assert_close(actual, expected, tolerance=1e-10):
-    for a, b in zip(actual, expected, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
 
 
 def assert_same_shape(model, original):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from e3nn import o3
 from mace import modules
-from tiny import batch, configurations, predict, randomise, tiny_mace
+from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.foundation import rebuild
@@ -92,16 +92,6 @@ def settled(model):
     """Energies and forces once e3nn's compiled code has warmed up: the first call may differ in the last bit."""
     predict(model, structures())
     return predict(model, structures())
-
-
-def assert_equal(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def assert_close(actual, expected, tolerance=1e-10):
-    for a, b in zip(actual, expected, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
 
 
 @pytest.fixture(scope="module", params=families())

@@ -116,6 +116,18 @@ def predict(model, structures: list[Atoms]) -> tuple[torch.Tensor, torch.Tensor]
     return output["energy"].detach(), output["forces"].detach()
 
 
+def assert_equal(actual, expected):
+    """Predictions to the last bit."""
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    """Predictions, relative to their norms."""
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
 def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.5) -> torch.nn.Module:
     """The module with weights from N(0, scale) in the place of all its trainable ones. Returns the module."""
     generator = torch.Generator().manual_seed(seed)
