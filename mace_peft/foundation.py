@@ -112,12 +112,21 @@ def check_taken_over(model: nn.Module, foundation: nn.Module) -> None:
     """Raise PeftError if the model that MACE made from the foundation has not the same layers, from its weights.
 
     MACE takes the correlation of all layers from the first one, and leaves LES charges of several heads at random.
+    Before 0.3.15 it forgets that a model has no cutoff.
     """
+    def taken_over(name: str) -> bool:
+        if name not in made or name not in held:
+            return False
+        if made[name].shape != held[name].shape:  # of fewer elements, or of several heads
+            return not name.startswith("les_readouts.")
+        return torch.equal(made[name], held[name])
+
     made, held = model.state_dict(), foundation.state_dict()  # a file of an older MACE lacks buffers of the newer one
     parameters = dict.fromkeys(name for either in (foundation, model) for name, parameter in either.named_parameters()
                                if parameter.numel())
-    odd = [name for name in parameters if name not in made or name not in held or
-           (name.startswith("les_readouts.") and made[name].shape != held[name].shape)]
+    odd = [name for name in parameters if not taken_over(name)]
+    if getattr(model, "apply_cutoff", True) != getattr(foundation, "apply_cutoff", True):
+        odd.append("apply_cutoff")
     if odd:
         heads = "" if len(model.heads) == 1 else f" for the heads {', '.join(model.heads)}"
         raise PeftError(f"mace_run_train cannot take {odd[0]} of this {type(foundation).__name__} over{heads}: "
@@ -136,7 +145,12 @@ def keep_constants(model: nn.Module, foundation: nn.Module) -> None:
 
 
 def keep_les(model: nn.Module, foundation: nn.Module) -> None:
-    """Give the model the LES settings of the foundation, which are not in the configuration that MACE takes over."""
+    """Give the model the LES settings of the foundation, which are not in the configuration that MACE takes over.
+
+    And its LES charges, which only mace-torch 0.3.16 takes over; those of several heads have another shape.
+    """
+    if hasattr(foundation, "les_readouts") and len(model.heads) == len(foundation.heads):
+        model.les_readouts.load_state_dict(foundation.les_readouts.state_dict())
     for name in ("les", "compute_bec", "bec_output_index"):
         if hasattr(foundation, name):
             setattr(model, name, copy.deepcopy(getattr(foundation, name)))

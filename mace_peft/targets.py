@@ -89,7 +89,8 @@ def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
 
     Raises PeftError for a pattern that matches none.
     """
-    names = [name for name, _ in model.named_parameters()]
+    # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
+    names = [name for name, parameter in model.named_parameters() if parameter.numel()]
     found: set[str] = set()
     for pattern in split_patterns(patterns):
         matched = {name for name in names if fnmatchcase(name, pattern)}

@@ -6,7 +6,6 @@ import json
 
 import ase.io
 import pytest
-import torch
 import wandb
 from ase.calculators.singlepoint import SinglePointCalculator
 from combined import adapters, assert_same, differ, fine_tune, train_only, write_small
@@ -16,6 +15,8 @@ from mace.tools.fairchem_dataset.lmdb_dataset_tools import LMDBDatabase
 from matplotlib.axes import Axes
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, NAME, SEED, Run, process_state_restored
 from tiny import configurations
+
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 NUMBERS = "[1, 6, 8]"
 PARTS = ("train", "valid", "test")
@@ -56,13 +57,6 @@ def inputs(tmp_path_factory):
 def plain(inputs) -> Run:
     """The fine-tune on xyz files."""
     return fine_tune(inputs, "plain")
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -145,6 +139,7 @@ def test_plots_that_fail_do_not_change_the_run(inputs, plain, tmp_path, monkeypa
     assert plots(run) == set()
 
 
+@pytest.mark.since("0.3.15")
 def test_weights_and_biases_offline(inputs, plain, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = fine_tune(inputs, tmp_path, "--wandb", wandb_dir=tmp_path, wandb_project="adapters", wandb_name="run")

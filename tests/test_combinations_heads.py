@@ -12,6 +12,8 @@ from runs import E0S, MOLECULE, reach_training, write_inputs
 from safetensors.torch import load_file
 from tiny import batch, configurations, predict, tiny_mace
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 OTHER_E0S = "{1: -0.9, 6: -1.5, 8: -3.1}"
 # everything in one batch; the moving average and the learning rate are those that MACE sets for replay otherwise
 REPLAY = {"multiheads_finetuning": True, "force_mh_ft_lr": True, "lr": 0.01, "batch_size": 16, "clip_grad": "None"}
@@ -32,13 +34,6 @@ def inputs(tmp_path_factory):
 def start(inputs) -> dict:
     """The option of runs that start from the same adapter: ``--seed`` alone does not do that for other readouts."""
     return {"peft_adapter": fine_tune(inputs, "start").adapter()}
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def strip(structures: list) -> list:

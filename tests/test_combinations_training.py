@@ -24,6 +24,8 @@ from torch.optim import LBFGS, Adam, AdamW
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch_ema import ExponentialMovingAverage
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 LR, DECAY, EPOCHS = 0.01, 0.1, 3
 OPTIONS = {"lr": LR, "weight_decay": DECAY, "max_num_epochs": EPOCHS}
 
@@ -42,13 +44,6 @@ def inputs(tmp_path_factory):
             atoms.info["REF_virials"] = -729 * atoms.info["REF_stress"]
         ase.io.write(folder / f"{part}.xyz", structures)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from e3nn import o3
 from mace import modules
+from releases import since
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
@@ -78,6 +79,13 @@ NOT_TAKEN_OVER = {"MACE": "error", "attention": "skip_tp", "attention first": "s
                   "three interactions": "shape",
                   "correlations 1 and 3": "products.1.symmetric_contractions|out of range",
                   "PolarMACE": "shape", "PolarMACE, multipoles": "shape"}
+NOT_BEFORE_0_3_15 = {
+    "max_L 3": "out of range", "correlation 1": "out of range", "one interaction": "out of range|no attribute 'count'",
+    "non-linear": "layer0", "edge irreps": "layer0", "OMOL": "layer0", "agnostic product": "out of bounds",
+    "last readout only": "linear", "joint embedding": "joint_embedding", "embedding readout": "joint_embedding",
+    "no cutoff": "apply_cutoff"}
+if not since("0.3.15"):
+    NOT_TAKEN_OVER |= NOT_BEFORE_0_3_15
 # multipoles on a grid turn with the molecule only roughly, in plain MACE too
 ROUGH = {"PolarMACE, multipoles"}
 # what an adapter of these cannot change: a charge model that does not enter the energy

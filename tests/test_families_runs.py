@@ -8,7 +8,15 @@ import pytest
 import torch
 from mace import modules
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, fork, train_here, write_inputs
-from test_families import DIPOLES, NON_LINEAR, OPTIONS, dipole_model, families
+from test_families import (
+    DIPOLES,
+    NON_LINEAR,
+    NOT_BEFORE_0_3_15,
+    NOT_TAKEN_OVER,
+    OPTIONS,
+    dipole_model,
+    families,
+)
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import load_adapter
@@ -79,7 +87,8 @@ def assert_fine_tunes(folder, foundation, *flags, elements=None, **options):
     return run
 
 
-@pytest.mark.parametrize("name", families("scalars only", "max_L 3", "density", "repulsion", "non-linear", "OMOL"))
+@pytest.mark.parametrize("name", families(*{"scalars only", "max_L 2", "max_L 3", "density", "repulsion", "non-linear",
+                                            "OMOL"} - NOT_TAKEN_OVER.keys()))
 def test_a_foundation_of_the_family_is_fine_tuned(name, tmp_path):
     assert_fine_tunes(tmp_path, tiny_mace(**OPTIONS[name]))
 
@@ -149,6 +158,8 @@ def refusal(capsys, tmp_path):
     ("three interactions", ["3 RealAgnosticInteractionBlock, RealAgnosticResidualInteractionBlock"]),
     ("correlations 1 and 3", ["mace_run_train cannot", "ScaleShiftMACE"]),
     ("MACE", ["is a MACE", "ScaleShiftMACE"]),
+    *(pytest.param(name, ["mace_run_train cannot", "ScaleShiftMACE"], marks=family.marks)
+      for family in families(*NOT_BEFORE_0_3_15) for name in family.values if name in NOT_TAKEN_OVER),
 ])
 def test_a_foundation_that_mace_cannot_take_over_is_refused_by_name(refusal, name, words):
     message = refusal(tiny_mace(**OPTIONS[name]))

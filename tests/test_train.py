@@ -37,6 +37,8 @@ from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
 from mace_peft.models import fingerprint
 from mace_peft.targets import find_targets, unit
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 ATOMIC_ENERGIES = "atomic_energies_fn.atomic_energies"
 
 
@@ -118,14 +120,6 @@ def before_training(finished):
 def inputs(tmp_path_factory):
     """A folder with inputs, for runs in this process."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    """As in a run: MACE's loss and metrics have the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def unseen(name: str) -> list:

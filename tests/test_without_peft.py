@@ -46,8 +46,9 @@ def test_metrics_are_the_same(runs):
 
 @pytest.mark.parametrize("log", [f"{NAME}_run-{SEED}.log", f"{NAME}_run-{SEED}_debug.log"])
 def test_logs_are_the_same_but_for_times_and_folders(runs, log):
-    """The debug log holds the options that MACE parsed."""
-    with_hook, without = [re.sub(r"^[-\d]+ [\d:.]+ ", "", (run.folder / "logs" / log).read_text(), flags=re.MULTILINE)
+    """The debug log holds the options that MACE parsed: in 0.3.14, functions at an address are among them."""
+    varying = re.compile(r"^[-\d]+ [\d:.]+ | at 0x[0-9a-f]+", re.MULTILINE)
+    with_hook, without = [varying.sub("", (run.folder / "logs" / log).read_text())
                           .replace(str(run.folder), "folder").splitlines() for run in runs]
     assert with_hook == without
 
