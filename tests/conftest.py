@@ -1,8 +1,12 @@
 """``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``."""
 
+import types
+import unittest.mock
+
 import pytest
 import torch
 from forks import remember_sources
+from mace.cli import run_train
 from releases import since
 
 
@@ -30,3 +34,13 @@ def default_dtype():
 def double_precision():
     """As in a run: MACE's loss and metrics, and its conversions to cuEquivariance, have the default dtype."""
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """Runs in this module leave no compiled file, which takes most of their time: of it, others tell."""
+    def give_up(model):
+        raise RuntimeError("left out in this test")
+
+    with unittest.mock.patch.object(run_train, "jit", types.SimpleNamespace(compile=give_up)):
+        yield

@@ -14,7 +14,7 @@ from tiny import batch, configurations, predict, randomise, tiny_mace
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.accelerated import accelerate, copy_trained
 
-pytestmark = pytest.mark.usefixtures("double_precision")
+pytestmark = pytest.mark.usefixtures("double_precision", "uncompiled")
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from releases import since
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, Run, reach_training, write_inputs
 from tiny import tiny_mace
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 FOUNDATION_E0S = {1: -1.0, 6: -2.0, 8: -3.0}
 PUT_RIGHT = "E0s put right"
 ESTIMATED = pytest.mark.since("0.3.15")

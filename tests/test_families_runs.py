@@ -21,6 +21,8 @@ from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import load_adapter
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "lr": 0.001}
 # a stand-in for the package les, which is on no index: charges that attract and repel at all distances
 LES = """

@@ -9,6 +9,8 @@ from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, loa
 from mace_peft.foundation import rebuild, single_head
 from mace_peft.models import fingerprint, trainable_parameters
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 STRUCTURES = configurations(3)
 
 

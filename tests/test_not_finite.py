@@ -11,6 +11,8 @@ from mace.cli import run_train
 from runs import Run, fork, train_here, write_inputs
 from tiny import tiny_mace
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 PEFT = {"peft": "mmea", "peft_rank": 2}
 # the learning rate of epoch 0, and what it is multiplied by after each epoch: the training diverges in the second one
 DIVERGES = {"lr": 0.01, "scheduler": "ExponentialLR", "lr_scheduler_gamma": 1e9}

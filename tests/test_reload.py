@@ -11,6 +11,8 @@ from tiny import batch, configurations, predict, tiny_mace
 from mace_peft import disable_adapter, load_adapter, trainable_parameters
 from mace_peft.info import info
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 CASES = list(itertools.product(["mmea", "elora"], ["products", "linears", "published"]))
 HEADS = "{{'a': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{1}'}}, " \
         "'b': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{2}'}}}}"

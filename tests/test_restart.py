@@ -10,6 +10,8 @@ from releases import since
 from runs import NAME, SEED, Run, arguments, call, reach_training, relabel, start, train_here, write_inputs
 from tiny import tiny_mace
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 PEFT = {"peft": "mmea", "peft_rank": 2}
 LR, GAMMA, BATCHES = 0.01, 0.9, 2
 OPTIONS = {"lr": LR, "scheduler": "ExponentialLR", "lr_scheduler_gamma": GAMMA}

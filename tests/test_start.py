@@ -10,6 +10,8 @@ from tiny import configurations, predict, tiny_mace
 from mace_peft import load_adapter, save_adapter, trainable_parameters
 from mace_peft.models import is_adapted
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 STRUCTURES = configurations(3)
 CASES = [("mmea", "products"), ("mmea", "published"), ("elora", "published")]
 
