@@ -247,7 +247,8 @@ def test_the_log_lists_what_trains(finished, before_training, name):
     log, model, config = finished(name).log, before_training(name)["model"], CASES[name].config
     assert config.options() in log
     listed = re.findall(r"^\| (\S+) +\| (?:gate|low-rank update|itself) +\| +([\d,]+) \|", log, re.MULTILINE)
-    along = {key for key, _ in model.named_parameters() if key.startswith("readouts.") and config.train_also}
+    along = {key for key, weight in model.named_parameters()
+             if key.startswith("readouts.") and config.train_also and weight.numel()}
     assert {module for module, _ in listed} == {unit(model, target) for target in find_targets(model, config)} | along
     trained = sum(tensor.numel() for tensor in finished(name).adapter_tensors().values())
     assert sum(int(number.replace(",", "")) for _, number in listed) == trained
