@@ -37,51 +37,44 @@ class MMEA(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(gains))
         self.W0 = nn.Parameter(init_std * torch.randn(rank, shifts))
         self.b0 = nn.Parameter(torch.zeros(shifts))
-        self.register_buffer("scalars", scalar_columns(irreps_in), persistent=False)
+        # for each block of the irreps, its columns in x or h, and how many scalars, gains or shifts it has
+        self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
+        self.sizes_out = [mul * ir.dim for mul, ir in irreps_out]
+        self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
+        self.gains = [mul if ir != SCALAR else 0 for mul, ir in irreps_out]
+        self.shifts = [mul if ir == SCALAR else 0 for mul, ir in irreps_out]
         self.set_layout("mul_ir")
         self.description = f"MMEA({irreps_in.simplify()} -> {irreps_out.simplify()}, rank {rank}, gate {gate})"
 
     def set_layout(self, layout: str) -> None:
         """``mul_ir``: the components of a channel lie together; ``ir_mul``: the channels of a component do."""
-        gain_of, shift_of = columns(o3.Irreps(self.irreps_out), self.W2.shape[1], self.W0.shape[1], layout)
-        self.register_buffer("gain_of", gain_of.to(self.W2.device), persistent=False)
-        self.register_buffer("shift_of", shift_of.to(self.W2.device), persistent=False)
+        self.mul_ir = layout == "mul_ir"
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
-        z = silu(x.index_select(-1, self.scalars) @ self.W1 + self.b1)
+        s = [x[..., :0]]
+        for x_l, scalars in zip(x.split(self.sizes_in, -1), self.scalars):  # noqa: B905  TorchScript
+            if scalars > 0:
+                s.append(x_l)
+        z = silu(torch.cat(s, -1) @ self.W1 + self.b1)
         g = z @ self.W2 + self.b2
         return torch.exp(g) if self.exponential else 1 + g, z @ self.W0 + self.b0
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gain, shift = self.coefficients(x)
-        # the last column is the gain of what is shifted (1), and the shift of what is scaled (0)
-        gain = torch.cat([gain, torch.ones_like(h[..., :1])], -1).index_select(-1, self.gain_of)
-        shift = torch.cat([shift, torch.zeros_like(h[..., :1])], -1).index_select(-1, self.shift_of)
-        return gain * h + shift
+        gains, shifts = gain.split(self.gains, -1), shift.split(self.shifts, -1)
+        modulated = [gain[..., :0], shift[..., :0]]  # of no columns, so that weights of none get a gradient too
+        for h_l, gain_l, shift_l in zip(h.split(self.sizes_out, -1), gains, shifts):  # noqa: B905
+            channels = gain_l.shape[-1]
+            if channels == 0:
+                modulated.append(h_l + shift_l)
+            elif self.mul_ir:
+                h_l = h_l.unflatten(-1, [channels, h_l.shape[-1] // channels])
+                modulated.append((gain_l.unsqueeze(-1) * h_l).flatten(-2))
+            else:
+                h_l = h_l.unflatten(-1, [h_l.shape[-1] // channels, channels])
+                modulated.append((gain_l.unsqueeze(-2) * h_l).flatten(-2))
+        return torch.cat(modulated, -1)
 
     def __repr__(self):
         return f"{self.description[:-1]}, {sum(p.numel() for p in self.parameters())} weights)"
-
-
-def scalar_columns(irreps: o3.Irreps) -> Tensor:
-    """Columns of the 0e channels, over all blocks of the irreps."""
-    blocks = [torch.arange(s.start, s.stop) for s, (_, ir) in zip(irreps.slices(), irreps, strict=True) if ir == SCALAR]
-    return torch.cat([torch.arange(0), *blocks])
-
-
-def columns(irreps: o3.Irreps, gains: int, shifts: int, layout: str) -> tuple[Tensor, Tensor]:
-    """For each column of the features: which gain and which shift it takes; ``gains`` and ``shifts`` stand for none."""
-    gain_of, shift_of = [torch.arange(0)], [torch.arange(0)]
-    gain = shift = 0
-    for mul, ir in irreps:
-        if ir == SCALAR:
-            gain_of.append(torch.full((mul,), gains))
-            shift_of.append(torch.arange(shift, shift + mul))
-            shift += mul
-        else:
-            channels = torch.arange(gain, gain + mul)
-            gain_of.append(channels.repeat(ir.dim) if layout == "ir_mul" else channels.repeat_interleave(ir.dim))
-            shift_of.append(torch.full((mul * ir.dim,), shifts))
-            gain += mul
-    return torch.cat(gain_of), torch.cat(shift_of)
