@@ -16,12 +16,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from mace_peft.backward import backward_to
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
 from mace_peft.files import NO_ROOM, complete, one_line_errors
 from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les
 from mace_peft.injection import eject, fold, freeze, trainability_kept
 from mace_peft.losses import FiniteLosses
+from mace_peft.messages import restore_messages, split_messages
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory
 from mace_peft.plugin import replaced
@@ -67,6 +69,7 @@ class FineTune:
             stack.enter_context(replaced(self.plotting, "model_inference", self.model_inference))
             losses = FiniteLosses(self.training, lambda: self.checkpoints.io.of_this_run())
             stack.enter_context(losses.replaced_names())
+            stack.enter_context(backward_to(self.trained))
             if hasattr(run_train, "apply_pseudolabels_to_pt_head_configs"):  # mace-torch 0.3.14 and later
                 label = functools.partial(apply_pseudolabels, run_train.apply_pseudolabels_to_pt_head_configs)
                 stack.enter_context(replaced(run_train, "apply_pseudolabels_to_pt_head_configs", label))
@@ -74,6 +77,9 @@ class FineTune:
                 estimate = functools.partial(self.estimate_e0s, run_train.data.estimate_e0s_from_foundation)
                 stack.enter_context(replaced(run_train.data, "estimate_e0s_from_foundation", estimate))
             yield
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable."""
@@ -146,7 +152,7 @@ class FineTune:
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
         new = go_on(model, self.start.config, self.start.foundation, adapted)
-        self.model = self.plain = model
+        self.model = self.plain = split_messages(model)
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         if adapted is not None:
             source = getattr(args, "peft_adapter", None) or args.foundation_model
@@ -208,7 +214,7 @@ class FineTune:
         with one_line_errors(directory):
             logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
         # MACE freezes or frees all parameters for its error tables
-        return fold(freeze(copy.deepcopy(model)))
+        return fold(freeze(restore_messages(copy.deepcopy(model))))
 
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""

@@ -96,6 +96,11 @@ def configurations(count=8, name="CH3OH", seed=0, periodic=False) -> list[Atoms]
 
 
 def batch(model, structures: list[Atoms]) -> dict:
+    """The structures as one batch, the way the model takes it."""
+    return loaded(model, structures).to_dict()
+
+
+def loaded(model, structures: list[Atoms]) -> torch_geometric.batch.Batch:
     """The structures as one batch in the model's dtype, the way MACE's data loaders give it."""
     dtype, before = next(model.parameters()).dtype, torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -105,7 +110,7 @@ def batch(model, structures: list[Atoms]) -> dict:
             data.config_from_atoms(atoms, head_name=atoms.info.get("head", model.heads[-1])),
             z_table=table, cutoff=4.0, heads=model.heads) for atoms in structures]
         loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=len(dataset), shuffle=False)
-        return next(iter(loader)).to_dict()
+        return next(iter(loader))
     finally:
         torch.set_default_dtype(before)
 

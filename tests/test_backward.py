@@ -1,0 +1,117 @@
+"""Cheaper steps: a backward pass to what trains alone, and messages that copy less, give what MACE's own steps give."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from combined import adapters, assert_same, train_only, write_small
+from mace.modules import WeightedEnergyForcesLoss
+from mace.tools.train import take_step
+from test_families import OPTIONS, families
+from tiny import assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
+from torch import fx
+from torch_ema import ExponentialMovingAverage
+
+from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft.backward import backward_to
+from mace_peft.messages import SplitProduct, cut_by_split, is_cut, restore_messages, split_code, split_messages
+
+STEPS = 20
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
+    """Losses of 20 of MACE's steps, the weights after them, and the gradient that the positions have got."""
+    learnt = trainable_parameters(model)
+    optimizer = torch.optim.Adam(learnt.values(), lr=0.01, amsgrad=True)
+    average = ExponentialMovingAverage(learnt.values(), decay=0.9)
+    structures, losses = loaded(model, configurations(4)), []
+    if cheap:
+        split_messages(model)
+    with backward_to(lambda: list(learnt.values())) if cheap else contextlib.nullcontext():
+        for _ in range(STEPS):
+            loss, _ = take_step(
+                model=model, loss_fn=WeightedEnergyForcesLoss(1.0, 100.0), batch=structures, optimizer=optimizer,
+                ema=average, output_args={"forces": True, "virials": False, "stress": False}, max_grad_norm=1.0,
+                device="cpu")
+            losses.append(loss.item())
+    return losses, {name: parameter.detach() for name, parameter in learnt.items()}, structures["positions"].grad
+
+
+@pytest.mark.parametrize("targets", ["products", "linears", "published"])
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_losses_and_weights_are_those_of_the_whole_backward_pass(method, targets):
+    model = randomise(inject(tiny_mace(), PeftConfig(method, rank=2, targets=targets, train_also="readouts.*")))
+    losses, weights, of_positions = train(copy.deepcopy(model), cheap=True)
+    expected_losses, expected, unused = train(copy.deepcopy(model), cheap=False)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=0)
+    assert_same(weights, expected, 1e-10)
+    assert losses[-1] < losses[0]
+    assert of_positions is None and unused is not None
+
+
+def test_a_run_ends_as_with_the_steps_of_mace(tmp_path, monkeypatch):
+    inputs = write_small(tmp_path)
+    run, given = train_only(inputs, "cheap", "--ema", max_num_epochs=3)
+    assert all(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
+    monkeypatch.setattr("mace_peft.finetune.backward_to", lambda trained: contextlib.nullcontext())
+    monkeypatch.setattr("mace_peft.finetune.split_messages", lambda model: model)
+    whole, given = train_only(inputs, "whole", "--ema", max_num_epochs=3)
+    assert not any(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
+    assert_same(adapters(run), adapters(whole), 1e-10)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def second_order(model) -> list[torch.Tensor]:
+    """Energies, forces, and what a loss of the forces gives every parameter."""
+    model.zero_grad()
+    output = model(batch(model, configurations(3)), training=True, compute_force=True)
+    output["forces"].pow(2).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [output["energy"].detach(), output["forces"].detach(), *gradients]
+
+
+@pytest.mark.parametrize("name", families())
+def test_messages_of_every_family_are_the_same(name):
+    model = tiny_mace(dtype=torch.float32, **OPTIONS[name]).double()  # whose constants are rounded
+    expected = second_order(model)
+    assert len(expected) > 10
+    split_messages(model)
+    assert any(isinstance(module, SplitProduct) for module in model.modules())
+    torch.testing.assert_close(second_order(model), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_code_has_neither_slices_nor_joins_of_torch():
+    """All is replaced in what MACE is made of; a cut that is none of them stays."""
+    product = split_messages(tiny_mace()).interactions[1].conv_tp
+    code = split_code(product.recipe()).code
+    assert code.count(".split(") == 3 and code.count("join(") == 1
+    assert "[(slice(None" not in code and "torch.cat(" not in code
+
+
+@pytest.mark.parametrize("columns, replaced", [([(0, 2), (2, 5)], True), ([(0, 2), (3, 5)], False),
+                                               ([(0, 2), (2, 4)], False)], ids=["all", "gap", "rest"])
+def test_cuts_are_replaced_where_they_are_all_columns(columns, replaced):
+    def cut(tensor):
+        wide = tensor.reshape(-1, 5)
+        return [wide[:, start:stop] for start, stop in columns]
+
+    code = fx.symbolic_trace(cut)
+    expected = code(torch.arange(10.0))
+    for node in list(code.graph.nodes):
+        cut_by_split(code.graph, [user for user in node.users if is_cut(user)])
+    code.recompile()
+    torch.testing.assert_close(code(torch.arange(10.0)), expected)
+    assert ("split" in code.code) == replaced
+
+
+def test_what_is_restored_is_as_before():
+    model = tiny_mace()
+    before = copy.deepcopy(model)
+    assert split_messages(model).state_dict().keys() == before.state_dict().keys()
+    restored = restore_messages(copy.deepcopy(model))
+    assert [type(module).__name__ for module in restored.modules()] == [type(m).__name__ for m in before.modules()]
+    assert_equal(predict(restored, configurations(2)), predict(before, configurations(2)))
