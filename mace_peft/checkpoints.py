@@ -1,10 +1,11 @@
-"""MACE's checkpoints, with the settings of the adapters in them."""
+"""MACE's checkpoints, with what trains and its settings in the place of the whole model."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import logging
+import math
 import os
 
 import torch
@@ -35,8 +36,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
             self.io.set_earlier_aside()
 
     def save(self, state: CheckpointState, epochs: int, keep_last: bool = False) -> None:
-        checkpoint = self.builder.create_checkpoint(state)
-        checkpoint["peft"] = self.config.to_dict()
+        checkpoint = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config)
         self.io.save(checkpoint, epochs, keep_last)
 
     def load_latest(self, state: CheckpointState, swa: bool = False, device=None, strict: bool = False) -> int | None:
@@ -51,6 +51,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
                            "one before, or from the start"))
         try:
             self.check(path, checkpoint, state.model)
+            checkpoint["model"] = {**state.model.state_dict(), **checkpoint["model"]}
             self.builder.load_checkpoint(state=state, checkpoint=checkpoint, strict=True)
         except PeftError as error:
             stop(error)
@@ -72,16 +73,39 @@ class AdapterCheckpointHandler(CheckpointHandler):
         if made != self.config:
             raise PeftError(f"the checkpoint {path} was made with {made.options()}, and this run asks for "
                             f"{self.config.options()}: {remedy}")
-        made_with_cueq = CUEQ_WEIGHT in checkpoint["model"]
+        made_with_cueq = CUEQ_WEIGHT in checkpoint["base"]
         if made_with_cueq != (CUEQ_WEIGHT in model.state_dict()):
             raise PeftError(f"the checkpoint {path} was made {'with' if made_with_cueq else 'without'} "
                             f"--enable_cueq True: {remedy}")
         trainable = trainable_parameters(model)
         for name, held in model.state_dict().items():
-            saved = checkpoint["model"].get(name)
-            if name not in trainable and saved is not None and not torch.allclose(saved.to(held), held):
+            if name not in trainable and not same(checkpoint["base"].get(name, {"shape": None}), measures(held)):
                 raise PeftError(f"the checkpoint {path} was made from another foundation or other E0s, {name} differs: "
                                 f"{remedy}")
+
+
+def checkpoint_of(checkpoint: dict, model: torch.nn.Module, config: PeftConfig) -> dict:
+    """MACE's checkpoint with the settings, and with what trains alone: the base is in the foundation model.
+
+    Of the base it has measures, by which a restart knows that it goes on from the same one.
+    """
+    trained = trainable_parameters(model)
+    base = {name: measures(tensor) for name, tensor in model.state_dict().items() if name not in trained}
+    model_state = {name: tensor for name, tensor in checkpoint["model"].items() if name in trained}
+    return {**checkpoint, "model": model_state, "peft": config.to_dict(), "base": base}
+
+
+def measures(tensor: torch.Tensor) -> dict:
+    """Shape, norm, and a sum with a weight for each place: another tensor has others, but for rounding."""
+    values = tensor.detach().flatten().cpu().double()  # some devices have no double precision
+    waves = torch.arange(len(values), dtype=torch.double).cos()
+    return {"shape": list(tensor.shape), "norm": values.norm().item(), "sum": (values @ waves).item()}
+
+
+def same(measured: dict, other: dict) -> bool:
+    tolerance = 1e-5 * other["norm"]
+    return measured["shape"] == other["shape"] and all(
+        math.isclose(measured[key], other[key], abs_tol=tolerance) for key in ("norm", "sum"))
 
 
 class CompleteCheckpointIO(CheckpointIO):

@@ -11,6 +11,7 @@ from runs import MOLECULE, NAME, STAGES, Run, train_here, write_inputs
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import disable_adapter, load_adapter
+from mace_peft.checkpoints import measures
 
 PEFT = {"peft": "mmea", "peft_rank": 2}
 RESCALED = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")  # of the run, not the base
@@ -57,10 +58,10 @@ def adapters(run: Run, stage_two: bool = False) -> dict[str, torch.Tensor]:
 def check_base(run: Run, stage_two: bool, foundation_file: Path) -> torch.nn.Module:
     """The base is the foundation's to the last bit, but for what MACE narrows. Returns the foundation."""
     foundation = torch.load(foundation_file, weights_only=False)
-    checkpoint = run.checkpoint(stage_two)["model"]
+    base = run.checkpoint(stage_two).get("base")  # None without --peft
     for key, tensor in foundation.state_dict().items():
-        if key not in RESCALED and not key.startswith("readouts."):  # one for each head
-            assert checkpoint[key].shape != tensor.shape or torch.equal(checkpoint[key], tensor), key
+        if base is not None and key not in RESCALED and not key.startswith("readouts."):  # one for each head
+            assert base[key]["shape"] != list(tensor.shape) or base[key] == measures(tensor), key
     return foundation
 
 

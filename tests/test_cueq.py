@@ -145,7 +145,7 @@ def runs(request, tmp_path_factory):
 def test_a_run_on_cuequivariance_gives_the_plain_model(runs, stage_two):
     _, plain, cueq = runs
     assert (plain.returncode, cueq.returncode) == (0, 0), cueq.stderr
-    assert "products.0.symmetric_contractions.weight" in cueq.checkpoint(stage_two)["model"]
+    assert "products.0.symmetric_contractions.weight" in cueq.checkpoint(stage_two)["base"]
     torch.testing.assert_close(cueq.adapter_tensors(stage_two), plain.adapter_tensors(stage_two), rtol=1e-9, atol=1e-11)
     model = cueq.model(stage_two)
     assert type(model).__bases__ == type(plain.model(stage_two)).__bases__

@@ -10,6 +10,8 @@ from releases import since
 from runs import NAME, SEED, Run, arguments, call, reach_training, relabel, start, train_here, write_inputs
 from tiny import tiny_mace
 
+from mace_peft.checkpoints import measures
+
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 PEFT = {"peft": "mmea", "peft_rank": 2}
@@ -92,8 +94,9 @@ def test_weights_optimizer_and_learning_rate_are_those_of_the_checkpoint(killed,
                            max_num_epochs=20)
     assert given["start_epoch"] == latest(killed)
     weights = given["model"].state_dict()
-    assert weights.keys() == checkpoint["model"].keys()
-    assert all(torch.equal(weights[key], checkpoint["model"][key]) for key in weights)
+    assert weights.keys() == checkpoint["model"].keys() | checkpoint["base"].keys()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in checkpoint["model"].items())
+    assert all(measures(weights[key]) == measured for key, measured in checkpoint["base"].items())
     optimizer = given["optimizer"].state_dict()
     rates = [[group.pop("lr") for group in groups] for groups in
              (optimizer["param_groups"], checkpoint["optimizer"]["param_groups"])]
