@@ -42,13 +42,6 @@ def over(cases):
     return pytest.mark.parametrize("case", cases, ids=name)
 
 
-@pytest.fixture(autouse=True)
-def default_dtype():
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
-
-
 @functools.cache
 def structures():
     return configurations(1, "CH3OH") + configurations(1, "H2O", seed=1)
