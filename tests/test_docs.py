@@ -19,7 +19,7 @@ from mace_peft import plugin
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ["fine-tune", "share", "deploy", "choose", "python"]  # the later use what the first leaves
-TABLES = "compatibility"  # nothing in it to run, see test_compatibility.py
+TABLES = {"compatibility", "performance"}  # nothing in them to run, see test_compatibility.py and test_benchmarks.py
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = {script.name: script.value for script in entry_points(group="console_scripts")
             if script.name.startswith("mace_")}
@@ -70,7 +70,7 @@ def test_what_the_pages_promise_is_there(folder):
 
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
-    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, TABLES}
+    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, *TABLES}
     for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), (path.name, target)

@@ -1,0 +1,141 @@
+"""The tables and the figure of docs/performance.md, from what speed.py measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+METHODS = [f"{method} {placement}" for placement in ("products", "linears", "published") for method in
+           ("mmea", "elora")]
+PLACEMENTS = ("products", "linears", "published")
+
+
+def ratios(times: dict[str, list[float]], of: str, to: str) -> list[float]:
+    """Round by round, for the machine's speed drifts."""
+    return [first / second for first, second in zip(times[of], times[to], strict=True)]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median, and the middle half."""
+    low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
+    return f"{median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def title(cell: dict) -> str:
+    device = "" if cell["device"] == "cpu" else f", {cell['device']}"
+    return f"{cell['model']}, {cell['batch']}, {cell['dtype']}{device}"
+
+
+def steps(cells: list[dict]) -> str:
+    names = ["MACE LoRA", *METHODS]
+    return table(["training step / full", "full, s", *names],
+                 [[title(cell), f"{median(cell['step']['full']):.2f}",
+                   *(spread(ratios(cell["step"], name, "full")) for name in names)] for cell in cells])
+
+
+def levers(cells: list[dict]) -> str:
+    rows = []
+    for cell in cells:
+        if "full, split messages" not in cell["step"]:
+            continue
+        same = spread(ratios(cell["step"], "full, split messages", "full"))
+        rows.append([title(cell), "none: full", "1.00", "", same, "", ""])
+        for name in METHODS:
+            stages = [f"{name}, as MACE", f"{name}, to what trains", name, f"floor {name.split()[1]}"]
+            if stages[0] in cell["step"]:
+                rows.append([title(cell), name, *(spread(ratios(cell["step"], stage, "full")) for stage in stages),
+                             spread(ratios(cell["step"], name, stages[-1]))])
+    return table(["cell", "adapters", "as MACE trains", "backward to what trains", "and split messages", "floor",
+                  "step / floor"], rows)
+
+
+def predictions(cells: list[dict], kind: str) -> str:
+    cells = [cell for cell in cells if kind in cell]
+    names = [name for name in cells[0][kind] if name != "base"]
+    return table([f"{kind} / base", "base, ms", *names],
+                 [[title(cell), f"{1e3 * median(cell[kind]['base']):.0f}",
+                   *(spread(ratios(cell[kind], name, "base"), 3) for name in names)] for cell in cells])
+
+
+def memory(cells: list[dict]) -> str:
+    rows = []
+    for name in ["full", "MACE LoRA", *METHODS]:
+        row = [name]
+        for cell in cells:
+            held, full = cell["resident"][name], cell["resident"]["full"]
+            peak = (cell["peak"][name] + sum(held.values())) / (cell["peak"]["full"] + sum(full.values()))
+            state = (held["optimizer"] + held["EMA"]) / (full["optimizer"] + full["EMA"])
+            share = cell["parameters"][name] / cell["parameters"]["full"]
+            row += [f"{peak:.2f}", f"{100 * state:.1f} %", f"{100 * share:.1f} %",
+                    f"{100 * cell['checkpoint'][name] / cell['checkpoint']['full']:.1f} %"]
+        rows.append(row)
+    columns = ["peak of a step", "optimizer + EMA", "trained parameters", "checkpoint"]
+    return table(["/ full", *(f"{title(cell)}: {column}" for cell in cells for column in columns)], rows)
+
+
+def profile(result: dict) -> str:
+    found = result["profile"]
+    total = sum(seconds for _, _, seconds in found["operations"])
+    return f"{found['variant']}, {title(found['cell'])}:\n\n" + table(
+        ["operation", "calls", "s", "of these"],
+        [[f"`{name}`", str(calls), f"{seconds:.3f}", f"{100 * seconds / total:.0f} %"]
+         for name, calls, seconds in found["operations"]])
+
+
+def draw(cells: list[dict]) -> plt.Figure:
+    """Steps against full fine-tuning, with the floors as lines; shades of grey say the placement."""
+    figure, panels = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 3.6), sharey=True, squeeze=False,
+                                  layout="constrained")
+    names = ["MACE LoRA", *METHODS]
+    for panel, cell in zip(panels[0], cells, strict=True):
+        values = [ratios(cell["step"], name, "full") for name in names]
+        middles = [median(value) for value in values]
+        errors = [[middle - min(value) for middle, value in zip(middles, values, strict=True)],
+                  [max(value) - middle for middle, value in zip(middles, values, strict=True)]]
+        panel.bar(names, middles, yerr=errors, color=["0.3"] + ["0.75", "0.55"] * 3, ecolor="0.2", capsize=2)
+        for index, placement in enumerate(PLACEMENTS):
+            floor = median(ratios(cell["step"], f"floor {placement}", "full"))
+            panel.hlines(floor, 0.6 + 2 * index, 2.4 + 2 * index, color="tab:red",
+                         label="floor" if index == 0 else None)
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_title(title(cell), fontsize=9)
+        panel.tick_params(axis="x", rotation=60, labelsize=8)
+    panels[0][0].set_ylabel("training step / full fine-tuning")
+    panels[0][0].legend(fontsize=8)
+    return figure
+
+
+def versions(cells: list[dict]) -> str:
+    """Where the cells were measured, a line for each commit and machine."""
+    lines = [f"Commit {cell['commit']}; {cell['machine']}; " + ", ".join(
+        f"{package} {version}" for package, version in cell["versions"].items()) + "." for cell in cells]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def write_report(result: dict) -> None:
+    """Put the tables between their marks in docs/performance.md, and draw the figure."""
+    cells = result["cells"]
+    medium = [cell for cell in cells if cell["model"] == "medium" and cell["dtype"] == "float64"] or cells
+    parts = {"versions": versions(cells), "steps": steps(cells), "levers": levers(medium),
+             "predictions": predictions(cells, "predict"), "TorchScript": predictions(cells, "predict, TorchScript"),
+             "memory": memory(medium[:1]), "profile": profile(result)}
+    page = DOCS / "performance.md"
+    text = page.read_text()
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, c=content, b=begin, e=end: b + c + e, text,
+                      flags=re.DOTALL)
+    page.write_text(text)
+    draw(medium).savefig(DOCS / "figures" / "speed.png", dpi=120)

@@ -1,0 +1,140 @@
+"""What is compared: ways to fine-tune one model, and forms of it to predict with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+from collections.abc import Callable
+
+import torch
+from mace import modules
+from mace.modules.lora import inject_LoRAs
+from mace.tools.train import take_step
+from torch import nn
+from torch_ema import ExponentialMovingAverage
+
+from mace_peft import PeftConfig, inject, merge, trainable_parameters
+from mace_peft.backward import backward_to
+from mace_peft.checkpoints import checkpoint_of
+from mace_peft.injection import fold
+from mace_peft.messages import split_messages
+from mace_peft.targets import find_targets
+
+RANK = 16
+PLACEMENTS = ("products", "linears", "published")
+ADAPTERS = [(method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS]
+
+
+@dataclasses.dataclass
+class Trainee:
+    """A model with what MACE trains it by: its loss, Adam, EMA and clipping, at the options' defaults."""
+
+    model: nn.Module
+    averaged: list[nn.Parameter]
+    restricted: bool  # the backward pass goes to what trains alone
+    peft: bool = False
+
+    def __post_init__(self):
+        groups = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not self.restricted:
+            groups = list(self.model.parameters())
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(groups, lr=1e-5, amsgrad=True)
+        self.ema = ExponentialMovingAverage(self.averaged, decay=0.99)
+        self.loss = modules.WeightedEnergyForcesLoss(energy_weight=1.0, forces_weight=100.0)
+
+    def step(self, batch) -> float:
+        """One step of MACE's training; returns its loss."""
+        with backward_to(lambda: self.trained) if self.restricted else contextlib.nullcontext():
+            loss, _ = take_step(
+                model=self.model, loss_fn=self.loss, batch=batch, optimizer=self.optimizer, ema=self.ema,
+                output_args={"forces": True, "virials": False, "stress": False}, max_grad_norm=10.0,
+                device=batch.positions.device)
+        return loss
+
+    def resident(self) -> dict[str, int]:
+        """Bytes between two steps, of the model and of what the training adds to it."""
+        state = [value for held in self.optimizer.state.values() for value in held.values()]
+        return {"model": size(self.model.state_dict().values()), "optimizer": size(state),
+                "EMA": size(self.ema.shadow_params)}
+
+    def checkpoint(self) -> int:
+        """Bytes of MACE's checkpoint."""
+        checkpoint = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "lr_scheduler": {}}
+        content = io.BytesIO()
+        if self.peft:
+            checkpoint = checkpoint_of(checkpoint, self.model, self.model.peft_config)
+        torch.save(checkpoint, content)
+        return content.tell()
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def full(base: nn.Module, split: bool = False) -> Trainee:
+    model = copy.deepcopy(base)
+    model = split_messages(model) if split else model
+    return Trainee(model, list(model.parameters()), restricted=False)
+
+
+def lora(base: nn.Module) -> Trainee:
+    """MACE's own ``--lora``: its optimizer and EMA hold the frozen parameters too."""
+    model = inject_LoRAs(copy.deepcopy(base), rank=RANK, alpha=1.0).to(next(base.parameters()).device)
+    return Trainee(model, list(model.parameters()), restricted=False)
+
+
+def adapted(base: nn.Module, method: str, placement: str) -> nn.Module:
+    """With adapters that do something, as after training."""
+    model = inject(copy.deepcopy(base), PeftConfig(method, rank=RANK, targets=placement))
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def peft(base: nn.Module, method: str, placement: str, restricted: bool = True, split: bool = True) -> Trainee:
+    """As ``mace_run_train --peft`` trains it, or without a part of what makes that cheap."""
+    model = adapted(base, method, placement)
+    model = split_messages(model) if split else model
+    return Trainee(model, list(trainable_parameters(model).values()), restricted, peft=True)
+
+
+def floor(base: nn.Module, placement: str) -> Trainee:
+    """Adapters that cost nothing: one number is added to what each target gives."""
+    model = split_messages(copy.deepcopy(base).requires_grad_(False))
+    for name in find_targets(base, PeftConfig("mmea", rank=RANK, targets=placement)):
+        block = model.get_submodule(name)
+        block.register_parameter("number", nn.Parameter(next(base.parameters()).new_zeros(())))
+        block.register_forward_hook(lambda module, inputs, output: output + module.number)
+    return Trainee(model, [p for p in model.parameters() if p.requires_grad], restricted=True)
+
+
+TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {
+    "full": full,
+    "MACE LoRA": lora,
+    **{f"{method} {placement}": lambda base, name=(method, placement): peft(base, *name)
+       for method, placement in ADAPTERS},
+    **{f"{method} {placement}, as MACE": lambda base, name=(method, placement): peft(base, *name, False, False)
+       for method, placement in ADAPTERS if placement != "linears"},
+    **{f"{method} {placement}, to what trains": lambda base, name=(method, placement): peft(base, *name, split=False)
+       for method, placement in ADAPTERS if placement != "linears"},
+    "full, split messages": lambda base: full(base, split=True),
+    **{f"floor {placement}": lambda base, placement=placement: floor(base, placement) for placement in PLACEMENTS},
+}
+
+# one part of what makes a step cheap, without the other
+LEVERS = [name for name in TRAINED if name.endswith((", as MACE", ", to what trains", ", split messages"))]
+
+PREDICTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "base": copy.deepcopy,
+    "base again": copy.deepcopy,  # the noise
+    **{f"{method} {placement}": lambda base, name=(method, placement): adapted(base, *name)
+       for method, placement in ADAPTERS},
+    "mmea published, saved": lambda base: fold(adapted(base, "mmea", "published")),  # as mace_run_train leaves it
+    "elora published, merged": lambda base: merge(adapted(base, "elora", "published")),
+}
+# low-rank updates have no TorchScript form until they are folded into the weights
+SCRIPTED = ["base", "base again", "mmea products", "mmea linears", "mmea published, saved", "elora published, merged"]

@@ -1,0 +1,73 @@
+"""The benchmarks run, on a small model: nothing about speed is asserted here."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_mace
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.since("0.3.15"), pytest.mark.usefixtures("double_precision")]  # MACE's own --lora
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The modules of the folder, on a small model for its four elements."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    speed, variants, report = [importlib.import_module(name) for name in ("speed", "variants", "report")]
+    monkeypatch.setattr(speed, "make_model", lambda shape, dtype, device: tiny_mace(
+        elements=(1, 6, 7, 8), dtype=dtype, channels=16))
+    monkeypatch.setattr(variants, "RANK", 2)
+    yield speed, variants, report
+    for name in ("speed", "variants", "report", "models"):
+        sys.modules.pop(name, None)
+
+
+def test_what_is_measured_and_reported(benchmarks, tmp_path, monkeypatch):
+    speed, variants, report = benchmarks
+    monkeypatch.setattr(speed, "peak_memory", lambda call, device: 1)
+    monkeypatch.setattr(speed, "SCRIPTED", ["base", "base again", "mmea published, saved"])
+    batch = next(iter(speed.BATCHES))
+    cell = speed.measure("medium", batch, "float64", "cpu", 2, True, lambda: None)
+    assert cell["step"].keys() == cell["peak"].keys() == variants.TRAINED.keys()
+    assert all(len(times) == 2 and min(times) > 0 for times in cell["step"].values())
+    assert cell["predict"].keys() == variants.PREDICTS.keys()
+    assert cell["parameters"]["mmea products"] < cell["parameters"]["full"]
+    result = {"cells": [cell], "profile": speed.profile(cell)}
+    docs = tmp_path / "docs"
+    (docs / "figures").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "performance.md", docs)
+    monkeypatch.setattr(report, "DOCS", docs)
+    report.write_report(json.loads(json.dumps(result)))
+    page = (docs / "performance.md").read_text()
+    assert page.count("| medium, 5 x 21 atoms, float64 |") >= 3 and cell["commit"] in page
+    assert (docs / "figures" / "speed.png").exists()
+
+
+def test_the_peak_is_what_is_held_at_once(benchmarks):
+    speed, _, _ = benchmarks
+
+    def call():
+        for _ in range(3):
+            first = torch.zeros(100_000, dtype=torch.float64)
+            first + 1  # two of 800,000 bytes at a time
+
+    assert speed.peak_memory(call, "cpu") == pytest.approx(1_600_000, rel=0.01)
+
+
+@pytest.mark.parametrize("placement", ["products", "linears", "published"])
+def test_every_variant_trains_what_it_says(benchmarks, placement):
+    """The model of MACE's own LoRA and that of full fine-tuning hold everything in optimizer and EMA."""
+    _, variants, _ = benchmarks
+    base = tiny_mace(channels=16)
+    trained = {name: variants.TRAINED[name](base) for name in ("full", "MACE LoRA", f"mmea {placement}",
+                                                               f"floor {placement}")}
+    assert len(trained["full"].ema.shadow_params) == len(list(base.parameters()))
+    assert len(trained["MACE LoRA"].ema.shadow_params) > len(trained["MACE LoRA"].trained)
+    adapters = trained[f"mmea {placement}"]
+    assert len(adapters.ema.shadow_params) == len(adapters.trained)
+    assert all(parameter.shape == torch.Size([]) for parameter in trained[f"floor {placement}"].trained)
