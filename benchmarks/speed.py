@@ -55,8 +55,7 @@ def in_turn(calls: dict, repeats: int, device: str, progress) -> dict[str, list[
 
 
 def peak_memory(call, device: str) -> int:
-    """Bytes that the call holds at most, beyond what there was before."""
-    call()
+    """Bytes that the call, not its first, holds at most, beyond what there was before."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
