@@ -109,7 +109,7 @@ def key_of(cell: dict) -> tuple:
 
 
 def slowest(cell: dict) -> str:
-    return max((key for key in cell["step"] if key.startswith(("mmea", "elora"))),
+    return max((key for key in cell["step"] if key.startswith(("mmea", "elora")) and key not in LEVERS),
                key=lambda key: sorted(cell["step"][key])[len(cell["step"][key]) // 2])
 
 
@@ -127,6 +127,11 @@ def profile(cell: dict) -> dict:
             "operations": [[event.key, event.count, event.self_cpu_time_total * 1e-6] for event in events]}
 
 
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def package_version(name: str) -> str:
     try:
         return version(name)
@@ -135,8 +140,9 @@ def package_version(name: str) -> str:
 
 
 def environment() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=HERE, capture_output=True,
-                            text=True, check=True).stdout.strip()
+    commit = git("rev-parse", "HEAD")
+    if git("diff", "HEAD", "--stat", "--", "mace_peft", "benchmarks"):  # not docs, which the report changes
+        commit += "-dirty"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {"commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
             "versions": {package: package_version(package) for package in PACKAGES}}
