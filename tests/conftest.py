@@ -8,10 +8,12 @@ import torch
 from forks import remember_sources
 from mace.cli import run_train
 from releases import since
+from remembered import remember_models
 
 
 def pytest_configure(config):
     remember_sources()
+    remember_models()
     config.addinivalue_line("markers", "since(release): deselected before that release of mace-torch")
 
 
