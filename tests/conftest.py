@@ -7,6 +7,7 @@ import pytest
 import torch
 from forks import remember_sources
 from mace.cli import run_train
+from mace.tools import cg
 from releases import since
 from remembered import remember_models
 
@@ -14,7 +15,26 @@ from remembered import remember_models
 def pytest_configure(config):
     remember_sources()
     remember_models()
+    keep_coefficients_exact()
     config.addinivalue_line("markers", "since(release): deselected before that release of mace-torch")
+
+
+def keep_coefficients_exact():
+    """MACE rounds the coefficients of its contractions to the default dtype, and cuEquivariance remembers them: without
+    this, a float32 model would leave its rounding to the float64 ones that are built after it in the process."""
+    if not cg.CUET_AVAILABLE:
+        return
+    as_mace_does = cg.O3_e3nn.clebsch_gordan
+
+    def clebsch_gordan(*irreps):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return as_mace_does(*irreps)
+        finally:
+            torch.set_default_dtype(before)
+
+    cg.O3_e3nn.clebsch_gordan = staticmethod(clebsch_gordan)
 
 
 def pytest_collection_modifyitems(config, items):
