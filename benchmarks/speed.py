@@ -12,25 +12,22 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
-import subprocess
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mace  # noqa: F401  before e3nn
 import torch
 from e3nn.util.jit import script
+from environment import environment
 from models import BATCHES, SHAPES, make_batch, make_model
-from report import write_report
+from speed_report import write_report
 from tqdm import tqdm
 from variants import LEVERS, PREDICTS, SCRIPTED, TRAINED
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "speed.json"
-PACKAGES = ("mace-peft", "mace-torch", "e3nn", "torch", "cuequivariance-torch")
 
 
 def now(device: str) -> float:
@@ -125,27 +122,6 @@ def profile(cell: dict) -> dict:
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
     return {"variant": key, "cell": {name: cell[name] for name in ("model", "batch", "dtype", "device")},
             "operations": [[event.key, event.count, event.self_cpu_time_total * 1e-6] for event in events]}
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def environment() -> dict:
-    commit = git("rev-parse", "HEAD")
-    if git("diff", "HEAD", "--stat", "--", "mace_peft", "benchmarks"):  # not docs, which the report changes
-        commit += "-dirty"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {"commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
-            "versions": {package: package_version(package) for package in PACKAGES}}
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.since("0.3.15"), pytest.mark.usefixtures("double_preci
 def benchmarks(monkeypatch):
     """The modules of the folder, on a small model for its four elements."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    speed, variants, report = [importlib.import_module(name) for name in ("speed", "variants", "report")]
+    speed, variants, report = [importlib.import_module(name) for name in ("speed", "variants", "speed_report")]
     monkeypatch.setattr(speed, "make_model", lambda shape, dtype, device: tiny_mace(
         elements=(1, 6, 7, 8), dtype=dtype, channels=16))
     monkeypatch.setattr(variants, "RANK", 2)
     yield speed, variants, report
-    for name in ("speed", "variants", "report", "models"):
+    for name in ("speed", "variants", "speed_report", "models", "pages", "environment"):
         sys.modules.pop(name, None)
 
 

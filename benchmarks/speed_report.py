@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from statistics import median
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from pages import DOCS, fill, table, versions
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS = [f"{method} {placement}" for placement in ("products", "linears", "published") for method in
            ("mmea", "elora")]
 PLACEMENTS = ("products", "linears", "published")
@@ -26,11 +24,6 @@ def spread(values: list[float], digits: int = 2) -> str:
     """Median, and the middle half."""
     low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
     return f"{median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def title(cell: dict) -> str:
@@ -117,13 +110,6 @@ def draw(cells: list[dict]) -> plt.Figure:
     return figure
 
 
-def versions(cells: list[dict]) -> str:
-    """Where the cells were measured, a line for each commit and machine."""
-    lines = [f"Commit {cell['commit']}; {cell['machine']}; " + ", ".join(
-        f"{package} {version}" for package, version in cell["versions"].items()) + "." for cell in cells]
-    return "\n".join(dict.fromkeys(lines))
-
-
 def write_report(result: dict) -> None:
     """Put the tables between their marks in docs/performance.md, and draw the figure."""
     cells = result["cells"]
@@ -131,11 +117,5 @@ def write_report(result: dict) -> None:
     parts = {"versions": versions(cells), "steps": steps(cells), "levers": levers(medium),
              "predictions": predictions(cells, "predict"), "TorchScript": predictions(cells, "predict, TorchScript"),
              "memory": memory(medium[:1]), "profile": profile(result)}
-    page = DOCS / "performance.md"
-    text = page.read_text()
-    for name, content in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, c=content, b=begin, e=end: b + c + e, text,
-                      flags=re.DOTALL)
-    page.write_text(text)
+    fill(DOCS / "performance.md", parts)
     draw(medium).savefig(DOCS / "figures" / "speed.png", dpi=120)

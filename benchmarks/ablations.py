@@ -1,0 +1,56 @@
+"""mace_run_train with a part of MMEA's gate held back: the ablations of arXiv 2511.06696.
+
+    python benchmarks/ablations.py static --peft mmea ...
+
+static: the gain of a channel and the shift of a scalar are learnt constants. scalars: scalars are shifted, and nothing
+else is scaled. shared: one gain for all channels. What is held back stays where it starts, at a gain of 1 and no shift:
+its gradients are zero, and those of a shared gain are the same for every channel.
+"""
+
+import sys
+
+import torch
+
+from mace_peft import run_train
+from mace_peft.methods.mmea import MMEA
+
+
+def hold(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(gradient)
+
+
+def share(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.sum(-1, keepdim=True).expand_as(gradient)
+
+
+HELD = {
+    "static": {"W1": hold, "b1": hold, "W2": hold, "W0": hold},
+    "scalars": {"W2": hold, "b2": hold},
+    "shared": {"W2": share, "b2": share},
+}
+
+
+def learnt(kind: str, adapter: dict[str, torch.Tensor]) -> int:
+    """How many numbers are learnt, from the tensors of an adapter's gates."""
+    count = 0
+    for name, tensor in adapter.items():
+        held = HELD[kind].get(name.rpartition(".")[2])
+        count += 0 if held is hold else tensor[..., :1].numel() if held is share else tensor.numel()
+    return count
+
+
+def main() -> None:
+    kind = sys.argv.pop(1)
+    initialise = MMEA.__init__
+
+    def __init__(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        for name, change in HELD[kind].items():
+            getattr(self, name).register_hook(change)
+
+    MMEA.__init__ = __init__
+    run_train.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the accuracy benchmark runs: cells (one fine-tune each), and experiments (sets of cells)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+MOLECULES = ("ethanol", "malonaldehyde", "benzene", "aspirin")  # rMD17
+DATA = (*MOLECULES, "acac")
+PLACEMENTS = ("products", "linears", "published")
+LADDER = (0.0002, 0.001, 0.005, 0.02, 0.08)  # learning rates
+SWEPT, FINAL = 100, 200  # epochs of the sweep, and of everything else
+
+# what each method adds to the command
+METHODS: dict[str, dict] = {
+    "foundation": {"lr": 0, "max_num_epochs": 1},  # nothing trains: the foundation with E0s of the new data
+    "scratch": {"E0s": "average"},
+    "full": {},
+    "readouts": {"freeze": 6},
+    "MACE LoRA": {"lora": "True", "lora_rank": 16},
+    **{f"{method} {placement}": {"peft": method, "peft_targets": placement}
+       for placement in PLACEMENTS for method in ("elora", "mmea")},
+}
+COMPARED = tuple(METHODS)
+TRAINED = COMPARED[1:]
+ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see ablations.py
+METHODS.update({name: METHODS["mmea products"] for name in ABLATED})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of mace_run_train: the published protocol (arXiv 2511.06696), but for epochs, learning rate and E0s."""
+
+    data: str
+    method: str
+    lr: float
+    epochs: int = FINAL
+    train: int = 50  # configurations
+    rank: int = 16
+    E0s: str = "estimated"
+    seed: int = 1
+
+    @property
+    def key(self) -> str:
+        method = self.method.replace(", ", "-").replace(" ", "_")
+        return (f"{self.data}-{method}-lr{self.lr:g}-epochs{self.epochs}-train{self.train}-rank{self.rank}-"
+                f"{self.E0s}-seed{self.seed}")
+
+    @property
+    def folder(self) -> str:
+        """Of its data, below the folder that recipes/data.py writes."""
+        return self.data if self.data == "acac" else f"rmd17/{self.data}"
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """The files that it is tested on: a sweep sees the validation set alone."""
+        if self.epochs == SWEPT:
+            return ()
+        return ("test_300K", "test_600K") if self.data == "acac" else ("test",)
+
+    @property
+    def ablation(self) -> str | None:
+        return self.method.partition(", ")[2] or None
+
+    @property
+    def model(self) -> str:
+        return "run.model" if self.method == "foundation" else "run_stagetwo.model"
+
+    def options(self) -> dict:
+        """Options of mace_run_train; True stands for a flag."""
+        method = METHODS[self.method]
+        stage_two = {} if self.method == "foundation" else {
+            "swa": True, "start_swa": 4 * self.epochs // 5, "swa_lr": self.lr / 5,
+            "swa_energy_weight": 1000, "swa_forces_weight": 100}
+        return {
+            "name": "run", "seed": self.seed, "E0s": self.E0s, "loss": "weighted", "energy_weight": 1,
+            "forces_weight": 1000, "lr": self.lr, "batch_size": 5, "valid_batch_size": 50,
+            "max_num_epochs": self.epochs, "lr_factor": 0.8, "scheduler_patience": 5, "ema": True, "ema_decay": 0.995,
+            "clip_grad": 100, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
+            "error_table": "TotalMAE", "plot": "False", "restart_latest": True, **stage_two, **method,
+            **({"peft_rank": self.rank} if "peft" in method else {})}
+
+
+def sweep(results: dict[str, dict], _) -> Iterator[Cell]:
+    """Three learning rates for each method on ethanol; the next one as long as the best is at an end of those tried."""
+    for method in TRAINED:
+        cells = {lr: Cell("ethanol", method, lr, epochs=SWEPT) for lr in LADDER}
+        tried = [lr for lr in LADDER if lr in LADDER[1:4] or cells[lr].key in results]
+        if all(cells[lr].key in results for lr in tried):
+            place = LADDER.index(min(tried, key=lambda lr: validation_error(results[cells[lr].key])))
+            tried += [LADDER[i] for i in (place - 1, place + 1) if 0 <= i < len(LADDER) and LADDER[i] not in tried]
+        yield from (cells[lr] for lr in tried)
+
+
+def validation_error(result: dict) -> float:
+    """Lowest force MAE (eV/A) on the validation set."""
+    return min(result["curve"]["mae_f"])
+
+
+def learning_rates(results: dict[str, dict]) -> dict[str, float]:
+    """The best of the sweep, for each method whose sweep is complete; an ablation has that of its method."""
+    cells = list(sweep(results, {}))
+    best = {"foundation": 0.0}
+    for method in TRAINED:
+        swept = [cell for cell in cells if cell.method == method]
+        if all(cell.key in results for cell in swept):
+            best[method] = min(swept, key=lambda cell: validation_error(results[cell.key])).lr
+    return best | {name: best["mmea products"] for name in ABLATED if "mmea products" in best}
+
+
+def grid(**axes) -> Callable[[dict, dict], Iterator[Cell]]:
+    """Cells for every combination of the values, at the method's learning rate; none for a method without one."""
+    def cells(_, rates: dict[str, float]) -> Iterator[Cell]:
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            if chosen["method"] in rates:
+                yield Cell(**chosen, lr=rates[chosen["method"]])
+    return cells
+
+
+EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
+    "sweep": sweep,
+    "foundation": grid(data=DATA, method=("foundation",)),
+    "main": grid(seed=(1, 2, 3), data=DATA, method=TRAINED),
+    "sizes": grid(train=(10, 25, 50, 100, 200), data=("acac",),
+                  method=("foundation", "full", "elora products", "mmea products")),
+    "ranks": grid(rank=(1, 2, 4, 8, 16, 32, 64), data=("ethanol",), method=("elora products", "mmea products")),
+    "ablations": grid(data=("ethanol",), method=("mmea products", *ABLATED)),
+    "E0s": grid(E0s=("average", "estimated"), data=("ethanol",), method=("full", "elora published", "mmea published")),
+}

@@ -1,0 +1,34 @@
+"""Where a benchmark ran: commit, machine, versions of packages."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mace-peft", "mace-torch", "e3nn", "torch", "cuequivariance-torch")
+
+
+def environment() -> dict:
+    commit = git("rev-parse", "HEAD")
+    if git("diff", "HEAD", "--stat", "--", "mace_peft", "benchmarks"):  # not docs, which reports change
+        commit += "-dirty"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
+            "versions": {package: package_version(package) for package in PACKAGES}}
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
