@@ -37,6 +37,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+# glibc would return memory after each step of a run and ask for it again: a third of the time on a CPU
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 RESULT = HERE / "results" / "accuracy.json"
 
 
@@ -68,7 +70,7 @@ def call(line: list[str], folder: Path, name: str, threads: int) -> str:
     """What the program prints; it and its errors go to a file too. Raises RuntimeError with the last line."""
     with (folder / f"{name}.err").open("w") as errors:
         done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True, check=False,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                              env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)})
     (folder / f"{name}.out").write_text(done.stdout)
     if done.returncode:
         said = ((folder / f"{name}.err").read_text() + done.stdout).strip().splitlines() or ["nothing"]

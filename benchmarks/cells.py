@@ -10,7 +10,7 @@ MOLECULES = ("ethanol", "malonaldehyde", "benzene", "aspirin")  # rMD17
 DATA = (*MOLECULES, "acac")
 PLACEMENTS = ("products", "linears", "published")
 LADDER = (0.0002, 0.001, 0.005, 0.02, 0.08)  # learning rates
-SWEPT, FINAL = 100, 200  # epochs of the sweep, and of everything else
+SWEPT, FINAL = 60, 200  # epochs of the sweep, and of everything else
 
 # what each method adds to the command
 METHODS: dict[str, dict] = {
