@@ -28,8 +28,9 @@ from mace_peft.adapted import (
     Updated,
 )
 from mace_peft.config import PeftError, one_line
-from mace_peft.methods import MMEA
+from mace_peft.methods import MMEA, Gains
 from mace_peft.models import adapted_blocks, adapted_class, trainable_parameters
+from mace_peft.scaled import Scaled, ScaledContraction, ScaledLinear, ScaledTensorProduct
 
 
 class CueGatedLinear(Adapted, cuet.Linear):
@@ -54,6 +55,14 @@ class CueLowRankTensorProduct(CueLowRank, cuet.FullyConnectedTensorProduct):
     pass
 
 
+class CueScaledLinear(Scaled, cuet.Linear):
+    pass
+
+
+class CueScaledTensorProduct(Scaled, cuet.FullyConnectedTensorProduct):
+    pass
+
+
 class CueContractions(Updated, cuet.SymmetricContraction):
     """All contractions of a product block in one, whose weights are those of MACE's joined and mapped path by path.
 
@@ -62,21 +71,29 @@ class CueContractions(Updated, cuet.SymmetricContraction):
 
     def updates(self) -> dict[str, Tensor]:
         adapted = [contraction for contraction in self.contractions if isinstance(contraction, Contraction)]
-        return {"weight": sum(contraction.mapped(contraction.adapter()) for contraction in adapted)}
+        return {"weight": sum(contraction.mapped(contraction.updates()) for contraction in adapted)}
 
 
 class Contraction(Adapted):
     """Has the adapter of one of MACE's contractions, and knows the places of its weights in the joined one.
 
     joined: the weights' names and shapes (elements, paths, channels), in the order in which MACE joins them.
-    path_map: (paths, paths of the joined contraction).
+    path_map: (paths, paths of the joined contraction). base: the weights of MACE's contraction, which gains scale.
     """
 
-    def __init__(self, adapter: nn.Module, joined: dict[str, torch.Size], path_map: Tensor):
+    def __init__(self, adapter: nn.Module, joined: dict[str, torch.Size], path_map: Tensor, base: dict[str, Tensor]):
         super().__init__()
         self.adapter = adapter
         self.joined = joined
         self.register_buffer("path_map", path_map, persistent=False)
+        self.base = nn.Module()
+        for name, weight in base.items():
+            self.base.register_buffer(name.replace(".", "_"), weight.detach().clone(), persistent=False)
+
+    def updates(self) -> dict[str, Tensor]:
+        if isinstance(self.adapter, Gains):
+            return self.adapter({name: self.base.get_buffer(name.replace(".", "_")) for name in self.adapter.names})
+        return self.adapter()
 
     def mapped(self, weights: dict[str, Tensor]) -> Tensor:
         """Weights of the joined contraction from these; those that are not given are zero."""
@@ -84,7 +101,13 @@ class Contraction(Adapted):
         return torch.einsum("zau,ab->zbu", torch.cat(of_paths, dim=1), self.path_map)
 
 
-CLASSES = {GatedLinear: CueGatedLinear, LowRankLinear: CueLowRankLinear, LowRankTensorProduct: CueLowRankTensorProduct}
+CLASSES = {
+    GatedLinear: CueGatedLinear,
+    LowRankLinear: CueLowRankLinear,
+    LowRankTensorProduct: CueLowRankTensorProduct,
+    ScaledLinear: CueScaledLinear,
+    ScaledTensorProduct: CueScaledTensorProduct,
+}
 
 
 def accelerate(model: nn.Module, base: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -114,7 +137,7 @@ def carry_over(model: nn.Module, base: nn.Module, accelerated: nn.Module) -> Non
     layout = accelerated.products[0].cueq_config.layout_str
     for name, block in adapted_blocks(model):
         adapter = copy.deepcopy(block.adapter)
-        if isinstance(block, LowRankContraction):
+        if isinstance(block, (LowRankContraction, ScaledContraction)):
             owner, index = name.rsplit(".contractions.", 1)
             carry_contraction(adapter, int(index), base.get_submodule(owner), accelerated.get_submodule(owner))
             continue
@@ -135,8 +158,9 @@ def carry_contraction(adapter: nn.Module, index: int, plain: nn.Module, target: 
     joined = [joined_weights(contraction, target) for contraction in plain.contractions]
     ends = list(itertools.accumulate(sum(shape[1] for shape in weights.values()) for weights in joined))
     path_map = path_map_of(plain, target, ends[-1]).to(target.weight)
-    holders = [Contraction(None, weights, path_map[end - sum(shape[1] for shape in weights.values()):end])
-               for weights, end in zip(joined, ends, strict=True)]
+    holders = [Contraction(None, weights, path_map[end - sum(shape[1] for shape in weights.values()):end],
+                           {name: contraction.get_parameter(name) for name in weights})
+               for contraction, weights, end in zip(plain.contractions, joined, ends, strict=True)]
     known = sum(holder.mapped(dict(contraction.named_parameters()))
                 for holder, contraction in zip(holders, plain.contractions, strict=True))
     if not torch.allclose(known, target.weight, rtol=1e-4, atol=1e-6):

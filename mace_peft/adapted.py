@@ -90,7 +90,7 @@ def widest(irreps: o3.Irreps) -> int:
     return max((irreps.count(ir) for _, ir in irreps), default=0)
 
 
-# --- ELoRA: the weights of the operation are updated ------------------------------------------------------------------
+# --- The weights of the operation are updated: ELoRA here, static gains in scaled.py --------------------------------
 
 
 @compile_mode("unsupported")
@@ -117,17 +117,21 @@ class Updated(nn.Module):
                 parameters[key] = weight
 
 
-class LowRank(Updated, Adapted):
-    """A block whose adapter gives the updates."""
-
-    def updates(self) -> dict[str, Tensor]:
-        return self.adapter()
+class Mergeable(Updated, Adapted):
+    """A block whose updates can be added to its weights for good."""
 
     @torch.no_grad()
     def fold(self) -> None:
         """Add the updates to the weights for good."""
         for name, update in self.updates().items():
             self.get_parameter(name).add_(update)
+
+
+class LowRank(Mergeable):
+    """A block whose adapter gives the updates."""
+
+    def updates(self) -> dict[str, Tensor]:
+        return self.adapter()
 
 
 def locate(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter], str, nn.Parameter]:
@@ -208,6 +212,3 @@ LOW_RANK = {
     Contraction: LowRankContraction,
 }
 GATED = {EquivariantProductBasisBlock: GatedProduct, o3.Linear: GatedLinear}
-
-# what each method makes of a block; the published MMEA runs update by low rank what they do not gate
-ADAPTED: dict[str, dict[type, type]] = {"mmea": {**LOW_RANK, **GATED}, "elora": LOW_RANK}

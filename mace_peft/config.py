@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 
 METHODS = ("mmea", "elora")
-PLACEMENTS = ("products", "linears", "published")
-GATES = ("exp", "residual")
+PLACEMENTS = ("products", "linears", "published", "all")
+GATES = ("exp", "residual", "static")
 LARGEST = sys.float_info.max
 
 
@@ -25,8 +25,10 @@ class PeftConfig:
     method: ``mmea`` (arXiv 2511.06696) or ``elora`` (ICML 2025, openreview hcoxm3Vwgy).
     rank: r, the width of the gate's hidden layer (MMEA) or of the low-rank factors (ELoRA).
     alpha: updates of weights are scaled by alpha / rank; None means alpha = rank, as published.
-    targets: a placement (``products``, ``linears``, ``published``) or comma-separated glob patterns over module names.
-    gate: MMEA's gain is ``exp``: exp(g), or ``residual``: 1 + g.
+    targets: a placement (``products``, ``linears``, ``published``, ``all``) or comma-separated glob patterns over the
+        names of modules.
+    gate: MMEA's gain is ``exp``: exp(g), or ``residual``: 1 + g, of each atom's scalars; or ``static``: exp(g) of a
+        learnt g for each output channel of each weighted operation, which merges into the weights, and has no rank.
     init_std: standard deviation of MMEA's scalar shift at the start; 0 makes step 0 equal to the foundation.
     train_also: comma-separated glob patterns over the names of base parameters that train along.
 

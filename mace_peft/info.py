@@ -41,6 +41,7 @@ def info(path: str) -> str:
 def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> str:
     config, foundation = description["peft"], description["foundation"]
     settings = {"mmea": f"gate {config['gate']}", "elora": f"alpha {config['alpha']:g}"}
+    rank = "" if config["gate"] == "static" else f"rank {config['rank']}, "
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         module = name.partition(".adapter.")[0]
@@ -50,7 +51,7 @@ def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> st
     modules.add_rows([[module, f"{size:,}"] for module, size in sorted(sizes.items())])
     return table({
         "what": what,
-        "method": f"{config['method']}, rank {config['rank']}, {settings[config['method']]}",
+        "method": f"{config['method']}, {rank}{settings[config['method']]}",
         "placement": config["targets"],
         "trains along": config["train_also"] or "nothing",
         "parameters": f"{sum(sizes.values()):,} ({description['dtype']})",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mace_peft.adapted import Adapted, LowRank
+from mace_peft.adapted import Adapted, Mergeable
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.models import (
     adapt,
@@ -73,6 +73,8 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
 
 def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -> None:
+    if config.gate == "static":
+        return  # gains have no rank
     largest = {name: adapted.largest_rank(model.get_submodule(name)) for name, adapted in targets.items()}
     widest = max(largest, key=largest.get)
     if config.rank > largest[widest]:
@@ -122,12 +124,12 @@ def exchange(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold ELoRA's updates into the weights: a plain MACE model with the same predictions. Returns the model.
+    """Fold ELoRA's updates or static gains into the weights: a plain MACE model of the same predictions. Returns it.
 
-    Raises PeftError if there is no adapter, or if one is an MMEA gate.
+    Raises PeftError if there is no adapter, or if one is a gate that atoms drive.
     """
     check_adapted(model)
-    gates = [name for name, block in adapted_blocks(model) if not isinstance(block, LowRank)]
+    gates = [name for name, block in adapted_blocks(model) if not isinstance(block, Mergeable)]
     if gates:
         raise PeftError(f"the MMEA gate at {gates[0]} cannot be merged, for its gain depends on each atom's "
                         "environment: keep the adapted model, or use its TorchScript file where mace-peft is missing")
@@ -135,11 +137,11 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold what can be folded, which is every low-rank update, and leave the gates. Returns the model.
+    """Fold what can be folded, low-rank updates and static gains, and leave the gates. Returns the model.
 
     Gates that stay have a new base then, and the model's settings name them.
     """
-    updates = [block for _, block in adapted_blocks(model) if isinstance(block, LowRank)]
+    updates = [block for _, block in adapted_blocks(model) if isinstance(block, Mergeable)]
     for block in updates:
         block.fold()
         remove_adapter(block)

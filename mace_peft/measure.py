@@ -1,4 +1,4 @@
-"""What an adapter has learnt, as plain values: the gains of MMEA's gates, the singular values of low-rank updates."""
+"""What an adapter has learnt, as plain values: gains of MMEA, singular values of low-rank updates."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mace_peft.foundation import default_dtype_of, symbols
 from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate
 from mace_peft.methods.mmea import SCALAR
 from mace_peft.models import adapted_blocks, check_adapted
+from mace_peft.scaled import Scaled
 from mace_peft.targets import unit
 
 BOX = {"whislo": 1, "q1": 25, "med": 50, "q3": 75, "whishi": 99}  # percentiles, by their names in Axes.bxp
@@ -105,6 +106,24 @@ def distributions(name: str, gate: MMEA, batches: list[np.ndarray], numbers: np.
         percentiles = np.percentile(gains[numbers == number][..., irreps == irrep], list(BOX.values()))
         found.setdefault(irrep, {})[chemical_symbols[number]] = dict(zip(BOX, percentiles.tolist(), strict=True))
     return found
+
+
+def static_gains(model: nn.Module) -> dict:
+    """The static gains exp(g) of each module, dimensionless: ``{"peft": settings, "units": {module: [gain, ...]}}``.
+
+    Raises PeftError if the model has none, or if one is not finite.
+    """
+    check_adapted(model)
+    units: dict[str, list[float]] = {}
+    for name, block in adapted_blocks(model):
+        if isinstance(block, Scaled):
+            gains = block.adapter.g.detach().exp().flatten()
+            if not gains.isfinite().all():
+                raise PeftError(f"gains of {name} are not finite: the training has diverged, lower its learning rate")
+            units.setdefault(unit(model, name), []).extend(gains.tolist())
+    if not units:
+        raise PeftError("the adapter has no static gains to draw: draw one of --peft_gate static")
+    return {"peft": model.peft_config.to_dict(), "units": units}
 
 
 def update_spectra(model: nn.Module) -> dict:

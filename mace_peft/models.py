@@ -14,7 +14,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mace_peft.adapted import Adapted, LowRank
+from mace_peft.adapted import Adapted, Mergeable
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.targets import find_parameters, find_targets
 
@@ -50,9 +50,9 @@ class AdaptedModel(nn.Module):
         """
         from mace_peft.accelerated import carry_over
 
-        if any(isinstance(block, LowRank) for _, block in adapted_blocks(plain)):
-            raise PeftError("ELoRA updates cannot go to cuEquivariance with the model: merge them into its weights "
-                            "before you convert it")
+        if any(isinstance(block, Mergeable) for _, block in adapted_blocks(plain)):
+            raise PeftError("ELoRA updates and static gains cannot go to cuEquivariance with the model: merge them "
+                            "into its weights before you convert it")
         carry_over(plain, None, self)
 
     def __reduce_ex__(self, protocol):

@@ -19,9 +19,9 @@ OPTIONS = {
     "peft": "train adapters instead of the whole model: mmea or elora",
     "peft_rank": "rank of the adapters (default: 16)",
     "peft_alpha": "updates of weights are scaled by alpha / rank (default: the rank)",
-    "peft_targets": "where adapters go: products, linears, published, or comma-separated glob patterns over module "
-                    "names (default: products)",
-    "peft_gate": "gain of MMEA: exp or residual (default: exp)",
+    "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
+                    "module names (default: products)",
+    "peft_gate": "gain of MMEA: exp, residual, or static, which merges into the weights (default: exp)",
     "peft_init_std": "std of MMEA's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
@@ -61,6 +61,10 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     for name in ("peft_gate", "peft_init_std"):
         if name in given and given["peft"] == "elora":
             raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates: leave it out")
+    for name in ("peft_rank", "peft_alpha", "peft_init_std"):
+        if name in given and given.get("peft_gate") == "static":
+            raise PeftError(f"--{name} {given[name]} has no effect on static gains, which have no rank and no shifts: "
+                            "leave it out")
     settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings:

@@ -20,8 +20,9 @@ from mace_peft.adapted import LowRank
 from mace_peft.config import PeftError, one_line
 from mace_peft.foundation import load_foundation
 from mace_peft.loading import load_adapter
-from mace_peft.measure import gain_statistics, gates_with_gains, update_spectra
+from mace_peft.measure import gain_statistics, gates_with_gains, static_gains, update_spectra
 from mace_peft.models import adapted_blocks
+from mace_peft.scaled import Scaled
 
 TITLES = {"mmea": "MMEA", "elora": "ELoRA"}
 STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
@@ -30,22 +31,25 @@ STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
 def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = None) -> list[Path]:
     """Draw what an adapter has learnt to PNG files beside its directory; returns their paths.
 
-    ``DIR_gains.png``: the gains of MMEA's gates at the atoms of the structures, a file that ASE reads.
+    ``DIR_gains.png``: the gains of MMEA's gates at the atoms of the structures, a file that ASE reads; or static gains.
     ``DIR_updates.png``: the singular values of the low-rank updates (ELoRA, and MMEA at ``published``).
 
     Raises PeftError if there is nothing to draw, or if something does not fit.
     """
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
-    updates = any(isinstance(block, LowRank) for _, block in adapted_blocks(model))
+    updates, static = [any(isinstance(block, kind) for _, block in adapted_blocks(model)) for kind in (LowRank, Scaled)]
     if gains and structures is None:
         raise PeftError(f"{adapter} has gates, whose gains depend on the atoms: add --structures with a file of some")
     if structures is not None and not gains:
-        raise PeftError(f"--structures {structures} has no effect on {adapter}, which has no gains: leave it out")
+        raise PeftError(f"--structures {structures} has no effect on {adapter}, whose gains depend on no atoms: leave "
+                        "it out")
     figures = {}
     if gains:
         figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
-    if updates or not gains:
+    if static:
+        figures["gains"] = draw_static_gains(static_gains(model))
+    if updates or not (gains or static):
         figures["updates"] = draw_updates(update_spectra(model))
     directory = Path(adapter).resolve()
     paths = [directory.with_name(f"{directory.name}_{name}.png") for name in figures]
@@ -97,6 +101,21 @@ def draw_gains(statistics: dict) -> Figure:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+@rc_context(STYLE)
+def draw_static_gains(gains: dict) -> Figure:
+    """The gains of ``static_gains``: a box per module."""
+    units = gains["units"]
+    figure = Figure(figsize=(6, 1.2 + 0.25 * len(units)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(f"{TITLES[gains['peft']['method']]}, static gains")
+    axes.axvline(1, color="black", linestyle=":", linewidth=1)
+    axes.boxplot(list(units.values()), vert=False, whis=(1, 99), showfliers=False, medianprops={"color": "black"})
+    axes.set_yticks(range(1, len(units) + 1), [f"{name} ({len(values)})" for name, values in units.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel("gain (dimensionless): median, quartiles, 1st and 99th percentile over channels (their number)")
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prettytable import PrettyTable
 from torch import nn
 
-from mace_peft.adapted import LowRank
+from mace_peft.adapted import LowRank, Mergeable
 from mace_peft.models import adapted_blocks, trainable_parameters
 from mace_peft.targets import unit
 
@@ -19,7 +19,8 @@ def summary(model: nn.Module) -> str:
     adapters = dict(adapted_blocks(model))
     rows: dict[tuple[str, str], int] = {}
     for name, block in adapters.items():
-        row = (unit(model, name), "low-rank update" if isinstance(block, LowRank) else "gate")
+        kind = "low-rank update" if isinstance(block, LowRank) else "gains" if isinstance(block, Mergeable) else "gate"
+        row = (unit(model, name), kind)
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
     rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
                  if name in model.peft_originals})

@@ -10,8 +10,9 @@ from e3nn import o3
 from mace.modules.blocks import EquivariantProductBasisBlock
 from torch import nn
 
-from mace_peft.adapted import ADAPTED, COMPOSITES
+from mace_peft.adapted import COMPOSITES, GATED, LOW_RANK
 from mace_peft.config import PLACEMENTS, PeftConfig, PeftError, describe_targets, did_you_mean, split_patterns
+from mace_peft.scaled import SCALED
 
 # The classes that a placement means. A module that has no adapter of its own in the method passes the placement on
 # to what it is made of: ELoRA at a product block updates the block's linear layer and contractions.
@@ -19,7 +20,15 @@ PLACEMENT_CLASSES = {
     "products": (EquivariantProductBasisBlock,),
     "linears": (o3.Linear,),
     "published": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
+    "all": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
 }
+
+
+def adaptable(config: PeftConfig) -> dict[type, type]:
+    """What the method makes of a block. The published MMEA runs update by low rank what they do not gate."""
+    if config.method == "elora":
+        return LOW_RANK
+    return SCALED if config.gate == "static" else {**LOW_RANK, **GATED}
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
@@ -27,12 +36,12 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
     Raises PeftError if the placement or a pattern finds nothing to adapt in this model.
     """
-    adaptable = ADAPTED[config.method]
+    adapted = adaptable(config)
     modules = {name: module for name, module in model.named_modules() if name}
     if config.targets in PLACEMENTS:
         classes = PLACEMENT_CLASSES[config.targets]
         wanted = [name for name, module in modules.items() if isinstance(module, classes)]
-        found = adaptable_inside(model, adaptable, wanted)
+        found = adaptable_inside(model, adapted, wanted)
         if not found:
             names = ", ".join(sorted({cls.__name__ for cls in classes}))
             raise PeftError(f"--peft_targets {config.targets!r} needs {names}, and {type(model).__name__} has none: "
@@ -41,33 +50,33 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
         found = set()
         for pattern in split_patterns(config.targets):
             wanted = [name for name in modules if fnmatchcase(name, pattern)]
-            matched = adaptable_inside(model, adaptable, wanted)
+            matched = adaptable_inside(model, adapted, wanted)
             if not matched:
                 raise PeftError(no_match(model, pattern, config))
             found |= matched
-    return {name: adaptable[type(module)] for name, module in modules.items() if name in found}
+    return {name: adapted[type(module)] for name, module in modules.items() if name in found}
 
 
-def adaptable_inside(model: nn.Module, adaptable: dict[type, type], wanted: list[str]) -> set[str]:
+def adaptable_inside(model: nn.Module, adapted: dict[type, type], wanted: list[str]) -> set[str]:
     """Names of the adaptable modules with weights that are wanted, or outermost inside a wanted module."""
-    return {found for name in wanted for found in outermost(name, model.get_submodule(name), adaptable)}
+    return {found for name in wanted for found in outermost(name, model.get_submodule(name), adapted)}
 
 
-def outermost(name: str, module: nn.Module, adaptable: dict[type, type]) -> Iterator[str]:
+def outermost(name: str, module: nn.Module, adapted: dict[type, type]) -> Iterator[str]:
     if not any(parameter.numel() for parameter in module.parameters()):
         return  # such as a linear layer between irreps that have none in common: it gives zeros
-    if type(module) in adaptable:
+    if type(module) in adapted:
         yield name
     else:
         for child, submodule in module.named_children():
-            yield from outermost(f"{name}.{child}", submodule, adaptable)
+            yield from outermost(f"{name}.{child}", submodule, adapted)
 
 
 def no_match(model: nn.Module, pattern: str, config: PeftConfig) -> str:
-    adaptable = ADAPTED[config.method]
+    adapted = adaptable(config)
     if pattern in PLACEMENTS:
         return f"--peft_targets {config.targets!r} mixes the placement {pattern} with patterns: give it alone"
-    found = [name for name, module in model.named_modules() if type(module) in adaptable]
+    found = [name for name, module in model.named_modules() if type(module) in adapted]
     names = list(dict.fromkeys(unit(model, name) for name in found))
     cause = f"--peft_targets {pattern!r} matches no module that {config.method} can adapt"
     hint = did_you_mean(pattern, [*PLACEMENTS, *names])

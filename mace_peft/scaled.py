@@ -1,0 +1,68 @@
+"""Blocks whose weights take static gains (``mace_peft.methods.gains``): ``--peft mmea --peft_gate static``."""
+
+from __future__ import annotations
+
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
+from e3nn import o3
+from mace.modules.symmetric_contraction import Contraction
+from torch import Tensor, nn
+
+from mace_peft.adapted import EMPTY, Mergeable, RadialLayer
+from mace_peft.config import PeftConfig
+from mace_peft.methods import ContractionGains, LinearGains, MatrixGains, TensorProductGains
+
+
+class Scaled(Mergeable):
+    """A block whose adapter gives gains of its weights."""
+
+    def updates(self) -> dict[str, Tensor]:
+        return self.adapter({name: self.get_parameter(name) for name in self.adapter.names})
+
+
+class ScaledLinear(Scaled, o3.Linear):
+    @staticmethod
+    def make_adapter(block: o3.Linear, config: PeftConfig) -> LinearGains:
+        paths = [(i.path_shape[0], i.i_out) for i in block.instructions if i.i_in != -1]  # -1 marks a bias
+        biases = [i.i_out for i in block.instructions if i.i_in == -1]
+        return LinearGains(block.irreps_out, paths, biases)
+
+
+class ScaledTensorProduct(Scaled, o3.FullyConnectedTensorProduct):
+    @staticmethod
+    def make_adapter(block: o3.FullyConnectedTensorProduct, config: PeftConfig) -> TensorProductGains:
+        paths = [(i.path_shape[0], i.i_in2, i.i_out) for i in block.instructions if i.has_weight]
+        return TensorProductGains(block.irreps_in2, block.irreps_out, paths)
+
+
+class ScaledLayer(Scaled, RadialLayer):
+    """Layer of e3nn's radial MLP."""
+
+    @staticmethod
+    def make_adapter(block: RadialLayer, config: PeftConfig) -> MatrixGains:
+        return MatrixGains(block.weight.shape[1])
+
+
+class ScaledDense(Scaled, nn.Linear):
+    """Layer of MACE's newer radial MLP."""
+
+    @staticmethod
+    def make_adapter(block: nn.Linear, config: PeftConfig) -> MatrixGains:
+        return MatrixGains(block.out_features, transposed=True, bias=block.bias is not None)
+
+
+class ScaledContraction(Scaled, Contraction):
+    @staticmethod
+    def make_adapter(block: Contraction, config: PeftConfig) -> ContractionGains:
+        # MACE marks weights of paths that do not exist as EmptyParam: they stay zero
+        lower = [f"weights.{i}" for i, weight in enumerate(block.weights) if not isinstance(weight, EMPTY)]
+        elements, _, channels = block.weights_max.shape
+        return ContractionGains(elements, channels, ["weights_max", *lower])
+
+
+SCALED = {
+    o3.Linear: ScaledLinear,
+    o3.FullyConnectedTensorProduct: ScaledTensorProduct,
+    RadialLayer: ScaledLayer,
+    nn.Linear: ScaledDense,
+    Contraction: ScaledContraction,
+}
