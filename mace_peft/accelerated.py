@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from mace_peft.adapted import (
     Adapted,
     GatedLinear,
+    GatedMessages,
+    GatedTensorProduct,
     LowRank,
     LowRankContraction,
     LowRankLinear,
@@ -38,6 +40,13 @@ class CueGatedLinear(Adapted, cuet.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.adapter(features, super().forward(features))
+
+
+class CueGatedTensorProduct(Adapted, cuet.FullyConnectedTensorProduct):
+    """``GatedTensorProduct`` with cuEquivariance's."""
+
+    def forward(self, features: Tensor, elements: Tensor) -> Tensor:
+        return self.adapter(features, super().forward(features, elements))
 
 
 class CueLowRank(LowRank):
@@ -103,6 +112,7 @@ class Contraction(Adapted):
 
 CLASSES = {
     GatedLinear: CueGatedLinear,
+    GatedTensorProduct: CueGatedTensorProduct,
     LowRankLinear: CueLowRankLinear,
     LowRankTensorProduct: CueLowRankTensorProduct,
     ScaledLinear: CueScaledLinear,
@@ -144,6 +154,9 @@ def carry_over(model: nn.Module, base: nn.Module, accelerated: nn.Module) -> Non
         target = accelerated.get_submodule(name)
         if isinstance(adapter, MMEA) and type(target) is not o3.Linear:  # of which PolarMACE keeps some
             adapter.set_layout(layout)
+        if isinstance(block, GatedMessages):
+            raise PeftError(f"{name} is gated, and gates of messages have not been tried on cuEquivariance's layers: "
+                            "choose --peft_targets without it, or leave out --enable_cueq")
         target.adapter = adapter
         same = type(target) is type(block).__bases__[-1]
         target.__class__ = type(block) if same else CLASSES[type(block)]

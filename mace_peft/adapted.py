@@ -23,7 +23,7 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from torch import Tensor, nn
 
 from mace_peft.config import PeftConfig
-from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
+from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate, MessageGate, TensorProductUpdate
 
 RadialLayer = type(e3nn_nn.FullyConnectedNet([1, 1])[0])
 # modules that are one thing to a user, though their parts are adapted one by one
@@ -83,6 +83,40 @@ class GatedLinear(Adapted, o3.Linear):
 
     def forward(self, features, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None):  # noqa: UP045
         return self.adapter(features, self.plain_forward(features, weight, bias))
+
+
+class GatedTensorProduct(Adapted, o3.FullyConnectedTensorProduct):
+    """Tensor product with elements, whose first input's scalars drive, and whose output takes, the gate."""
+
+    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
+
+    @staticmethod
+    def make_adapter(block: o3.FullyConnectedTensorProduct, config: PeftConfig) -> MMEA:
+        return MMEA(block.irreps_in1, block.irreps_out, config.rank, config.gate, config.init_std)
+
+    @staticmethod
+    def largest_rank(block: o3.FullyConnectedTensorProduct) -> int:
+        return max(widest(block.irreps_in1), widest(block.irreps_out))
+
+    def forward(self, x, y, weight: Optional[Tensor] = None):  # noqa: UP045
+        return self.adapter(x, self.plain_forward(x, y, weight))
+
+
+class GatedMessages(Adapted, o3.TensorProduct):
+    """Convolution of features with spherical harmonics, whose weights (one per path and channel) take the gate."""
+
+    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
+
+    @staticmethod
+    def make_adapter(block: o3.TensorProduct, config: PeftConfig) -> MessageGate:
+        return MessageGate(block.irreps_in1, block.weight_numel, config.rank, config.gate)
+
+    @staticmethod
+    def largest_rank(block: o3.TensorProduct) -> int:
+        return widest(block.irreps_in1)
+
+    def forward(self, x, y, weight: Tensor):
+        return self.plain_forward(x, y, self.adapter(x, weight))
 
 
 def widest(irreps: o3.Irreps) -> int:
@@ -212,3 +246,4 @@ LOW_RANK = {
     Contraction: LowRankContraction,
 }
 GATED = {EquivariantProductBasisBlock: GatedProduct, o3.Linear: GatedLinear}
+GATED_PRODUCTS = {o3.FullyConnectedTensorProduct: GatedTensorProduct, o3.TensorProduct: GatedMessages}

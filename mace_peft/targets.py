@@ -10,7 +10,7 @@ from e3nn import o3
 from mace.modules.blocks import EquivariantProductBasisBlock
 from torch import nn
 
-from mace_peft.adapted import COMPOSITES, GATED, LOW_RANK
+from mace_peft.adapted import COMPOSITES, GATED, GATED_PRODUCTS, LOW_RANK
 from mace_peft.config import PLACEMENTS, PeftConfig, PeftError, describe_targets, did_you_mean, split_patterns
 from mace_peft.scaled import SCALED
 
@@ -20,15 +20,21 @@ PLACEMENT_CLASSES = {
     "products": (EquivariantProductBasisBlock,),
     "linears": (o3.Linear,),
     "published": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
-    "all": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
+    "all": (o3.Linear, o3.TensorProduct, *COMPOSITES),
 }
 
 
 def adaptable(config: PeftConfig) -> dict[type, type]:
-    """What the method makes of a block. The published MMEA runs update by low rank what they do not gate."""
+    """What the method makes of a block. MMEA updates by low rank what it does not gate: in the published runs that is
+    everything but linear layers; ``all`` has gates alone.
+    """
     if config.method == "elora":
         return LOW_RANK
-    return SCALED if config.gate == "static" else {**LOW_RANK, **GATED}
+    if config.gate == "static":
+        return SCALED
+    if config.targets == "all":
+        return {o3.Linear: GATED[o3.Linear], **GATED_PRODUCTS}
+    return {**LOW_RANK, **GATED} if config.targets in PLACEMENTS else {**LOW_RANK, **GATED, **GATED_PRODUCTS}
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
@@ -63,13 +69,18 @@ def adaptable_inside(model: nn.Module, adapted: dict[type, type], wanted: list[s
 
 
 def outermost(name: str, module: nn.Module, adapted: dict[type, type]) -> Iterator[str]:
-    if not any(parameter.numel() for parameter in module.parameters()):
+    if not any(parameter.numel() for parameter in module.parameters()) and not takes_weights(module):
         return  # such as a linear layer between irreps that have none in common: it gives zeros
     if type(module) in adapted:
         yield name
     else:
         for child, submodule in module.named_children():
             yield from outermost(f"{name}.{child}", submodule, adapted)
+
+
+def takes_weights(module: nn.Module) -> bool:
+    """Whether it is a tensor product whose weights come from outside: the messages' come from the radial MLP."""
+    return isinstance(module, o3.TensorProduct) and module.weight_numel > 0
 
 
 def no_match(model: nn.Module, pattern: str, config: PeftConfig) -> str:

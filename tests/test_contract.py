@@ -29,7 +29,7 @@ DOUBLE, SINGLE = torch.float64, torch.float32
 # every method x placement x dtype on one model, and every max_L where all kinds of modules are adapted
 EVERY = [(method, targets, 1, dtype) for method in METHODS for targets in PLACEMENTS for dtype in (DOUBLE, SINGLE)]
 EVERY += [(method, "published", max_L, DOUBLE) for method in METHODS for max_L in (0, 2, 3)]
-EVERY += [("static", "all", 1, DOUBLE)]
+EVERY += [(method, "all", 1, DOUBLE) for method in METHODS]
 IN_DOUBLE = [case for case in EVERY if case[3] == DOUBLE]
 ONE_MODEL = [case for case in IN_DOUBLE if case[2] == 1]
 COMPILED = [("mmea", "products", 1, DOUBLE), ("mmea", GLOBS, 1, DOUBLE), ("elora", "published", 1, DOUBLE),

@@ -4,7 +4,7 @@ import mace  # noqa: F401  before e3nn: it sets the environment variable that e3
 
 from mace_peft.methods.elora import ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
 from mace_peft.methods.gains import ContractionGains, Gains, LinearGains, MatrixGains, TensorProductGains
-from mace_peft.methods.mmea import MMEA
+from mace_peft.methods.mmea import MMEA, MessageGate
 
 __all__ = ["MMEA", "ContractionGains", "ContractionUpdate", "Gains", "LinearGains", "LinearUpdate", "MatrixGains",
-           "MatrixUpdate", "TensorProductGains", "TensorProductUpdate"]
+           "MatrixUpdate", "MessageGate", "TensorProductGains", "TensorProductUpdate"]
