@@ -39,10 +39,11 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
     return losses, {name: parameter.detach() for name, parameter in learnt.items()}, structures["positions"].grad
 
 
-@pytest.mark.parametrize("targets", ["products", "linears", "published"])
-@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("targets", ["products", "linears", "published", "all"])
+@pytest.mark.parametrize("method", [{"method": "mmea"}, {"method": "elora"}, {"method": "mmea", "gate": "static"}],
+                         ids=["mmea", "elora", "static"])
 def test_losses_and_weights_are_those_of_the_whole_backward_pass(method, targets):
-    model = randomise(inject(tiny_mace(), PeftConfig(method, rank=2, targets=targets, train_also="readouts.*")))
+    model = randomise(inject(tiny_mace(), PeftConfig(**method, rank=2, targets=targets, train_also="readouts.*")))
     losses, weights, of_positions = train(copy.deepcopy(model), cheap=True)
     expected_losses, expected, unused = train(copy.deepcopy(model), cheap=False)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=0)

@@ -26,13 +26,16 @@ def foundation(polar=False, **options):
 
 
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
-EVERY = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "linears", "published")]
-ONE_CONTRACTION = ("elora", "products.0.symmetric_contractions.contractions.1")
+METHODS = ("mmea", "elora", "static")  # static: mmea with static gains
+EVERY = [(method, targets) for method in METHODS for targets in ("products", "linears", "published")]
+PARTS = [(method, "interactions.*.skip_tp") for method in METHODS]
+PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "static")]
 
 
 def new(method, targets, train_also=None, **options):
     """A model with random adapters."""
-    config = PeftConfig(method, rank=2, targets=targets, train_also=train_also)
+    method = {"method": "mmea", "gate": "static"} if method == "static" else {"method": method}
+    config = PeftConfig(**method, rank=2, targets=targets, train_also=train_also)
     return randomise(inject(copy.deepcopy(foundation(**options)), config))
 
 
@@ -49,12 +52,17 @@ def learn(model):
     return output["energy"], output["forces"], {name: parameter.grad.flatten() for name, parameter in trained.items()}
 
 
-@pytest.mark.parametrize("method, targets", [*EVERY, ONE_CONTRACTION])
+@pytest.mark.parametrize("method, targets", [*EVERY, *PARTS])
 def test_energies_forces_and_gradients_are_those_of_the_plain_model(method, targets):
     model = new(method, targets, train_also="readouts.*")
     plain, accelerated = learn(model), learn(on_cueq(model))
     torch.testing.assert_close(accelerated, plain, rtol=1e-10, atol=1e-12)
     assert plain[1].norm() > 1e-3
+
+
+def test_gates_of_messages_are_refused():
+    with pytest.raises(PeftError, match=r"interactions.0.conv_tp is gated.*leave out --enable_cueq"):
+        on_cueq(new("mmea", "all"))
 
 
 NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
@@ -69,7 +77,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.since(since), id=name)
                                      for name, (since, options) in OTHERS.items()])
 def test_other_bases_too(options, method):

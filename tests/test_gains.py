@@ -106,11 +106,11 @@ def test_a_channel_of_a_tensor_product_is_scaled_by_element(irreps_in, irreps_ou
 @pytest.mark.parametrize("correlation", [1, 2, 3])
 def test_a_channel_of_a_contraction_is_scaled_by_element(correlation):
     channels, elements = 3, 2
-    irreps_in, irreps_out = o3.Irreps("0e+1o+2e"), o3.Irreps("3x0e+3x1o")
-    block = randomise(SymmetricContraction(channels * irreps_in, irreps_out, correlation, num_elements=elements))
+    irreps_in, irreps_out = o3.Irreps("3x0e+3x1o+3x2e"), o3.Irreps("3x0e+3x1o")
+    block = randomise(SymmetricContraction(irreps_in, irreps_out, correlation, num_elements=elements))
     adapted = copy.deepcopy(block)
     adapted.contractions = torch.nn.ModuleList(adapt(part, seed) for seed, part in enumerate(block.contractions))
-    x = torch.randn(4, channels, irreps_in.dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, channels, irreps_in.dim // channels, generator=torch.Generator().manual_seed(0))
     which = torch.tensor([0, 1, 1, 0])
     one_hot = torch.eye(elements)[which]
     gains = torch.cat([part.adapter.g.exp()[which] for part in adapted.contractions], -1)

@@ -19,8 +19,8 @@ from tiny import batch, configurations, predict, randomise, tiny_mace
 from mace_peft import PeftConfig, PeftError, inject
 from mace_peft.adapted import LOW_RANK
 from mace_peft.injection import fold
-from mace_peft.measure import gain_statistics, matrices, singular_values, update_spectra
-from mace_peft.plot import draw_gains, draw_updates
+from mace_peft.measure import gain_statistics, matrices, singular_values, static_gains, update_spectra
+from mace_peft.plot import draw_gains, draw_static_gains, draw_updates
 
 STRUCTURES = configurations(7, "CH3CH2OH") + configurations(6, "H2O")  # two batches, no carbon in the last structures
 ELEMENTS = {1: "H", 6: "C", 8: "O"}
@@ -173,6 +173,39 @@ def test_gains_that_are_not_finite_are_refused(value):
     model = adapted("mmea", "products")
     torch.nn.init.constant_(model.products[0].adapter.b2, value)
     assert "gains at products.0 are not finite" in fails(gain_statistics, model, STRUCTURES)
+
+
+# --- static gains -----------------------------------------------------------------------------------------------------
+
+
+def test_static_gains_are_the_ratios_of_merged_to_base_weights():
+    model = adapted("mmea", "all", "static")
+    units, merged = static_gains(model)["units"], fold(model)
+    base = foundation()
+    for name in ("interactions.0.linear_up", "interactions.1.linear_up"):
+        ratios = (merged.get_submodule(name).weight / base.get_submodule(name).weight).view(-1, 4, 4)
+        assert ratios[:, 0].flatten().tolist() == pytest.approx(units[name])
+    layers = [(merged.get_submodule(f"interactions.0.conv_tp_weights.layer{i}").weight
+               / base.get_submodule(f"interactions.0.conv_tp_weights.layer{i}").weight)[0] for i in range(4)]
+    assert torch.cat(layers).tolist() == pytest.approx(units["interactions.0.conv_tp_weights"])
+    contractions = [(m.weights_max / b.weights_max)[:, 0] for m, b in zip(
+        merged.products[0].symmetric_contractions.contractions, base.products[0].symmetric_contractions.contractions,
+        strict=True)]
+    assert torch.cat(contractions).flatten().tolist() == pytest.approx(units["products.0.symmetric_contractions"])
+
+
+def test_static_gains_need_some_that_are_finite():
+    assert "no static gains" in fails(static_gains, adapted("mmea", "products"))
+    model = adapted("mmea", "linears", "static")
+    torch.nn.init.constant_(model.products[0].linear.adapter.g, 1e4)
+    assert "gains of products.0.linear are not finite" in fails(static_gains, model)
+
+
+def test_a_box_for_each_module_with_static_gains():
+    gains = static_gains(adapted("mmea", "all", "static"))
+    axes, = draw_static_gains(gains).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"{name} ({len(values)})" for name, values in gains["units"].items()]
 
 
 # --- low-rank updates -------------------------------------------------------------------------------------------------

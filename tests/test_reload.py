@@ -13,7 +13,8 @@ from mace_peft.info import info
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
-CASES = list(itertools.product(["mmea", "elora"], ["products", "linears", "published"]))
+CASES = [*itertools.product(["mmea", "elora"], ["products", "linears", "published"]), ("mmea", "all"),
+         ("static", "all")]
 HEADS = "{{'a': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{1}'}}, " \
         "'b': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{2}'}}}}"
 
@@ -42,19 +43,22 @@ def assert_reloads(folder, work_dir):
     return loaded
 
 
+def options(method, targets):
+    method = {"peft": "mmea", "peft_gate": "static"} if method == "static" else {"peft": method, "peft_rank": 2}
+    return {**method, "peft_targets": targets, "max_num_epochs": 1}
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_fewer_elements_and_other_E0s(inputs, tmp_path, case):
-    train_here(inputs, work_dir=tmp_path, peft=case[0], peft_targets=case[1], peft_rank=2, max_num_epochs=1,
-               E0s=E0S[FEWER_ELEMENTS])
+    train_here(inputs, work_dir=tmp_path, E0s=E0S[FEWER_ELEMENTS], **options(*case))
     model = assert_reloads(inputs, tmp_path)
     assert model.atomic_numbers.tolist() == [1, 8]
     assert model.atomic_energies_fn.atomic_energies.flatten().tolist() == [-0.7, -2.6]
 
 
-@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "published")], ids="-".join)
+@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "published"), ("static", "all")], ids="-".join)
 def test_all_elements_of_the_foundation(inputs, tmp_path, case):
-    train_here(inputs, work_dir=tmp_path, peft=case[0], peft_targets=case[1], peft_rank=2, max_num_epochs=1,
-               E0s="average", foundation_model_elements=True)
+    train_here(inputs, work_dir=tmp_path, E0s="average", foundation_model_elements=True, **options(*case))
     assert assert_reloads(inputs, tmp_path).atomic_numbers.tolist() == [1, 6, 8]
 
 
@@ -62,8 +66,8 @@ def test_all_elements_of_the_foundation(inputs, tmp_path, case):
 @pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "products")], ids="-".join)
 def test_two_heads(inputs, tmp_path, case, train_also):
     heads = HEADS.format(inputs, E0S[FEWER_ELEMENTS], "{1: -0.9, 8: -3.1}")
-    train_here(inputs, work_dir=tmp_path, peft=case[0], peft_targets=case[1], peft_rank=2, max_num_epochs=1,
-               heads=heads, peft_train_also=train_also, train_file=None, valid_file=None, test_file=None, E0s=None)
+    train_here(inputs, work_dir=tmp_path, heads=heads, peft_train_also=train_also, train_file=None, valid_file=None,
+               test_file=None, E0s=None, **options(*case))
     model = assert_reloads(inputs, tmp_path)
     assert model.heads == ["a", "b"]
 

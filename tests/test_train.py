@@ -60,6 +60,11 @@ class Case:
     def stages(self) -> list[bool]:
         return [False, True] if "--swa" in self.flags else [False]
 
+    @property
+    def merges(self) -> bool:
+        """Whether NAME.model is a plain MACE model."""
+        return self.config.method == "elora" or self.config.gate == "static"
+
 
 ESTIMATED = "estimated" if hasattr(data, "estimate_e0s_from_foundation") else "average"  # mace-torch 0.3.15 and later
 CASES = {
@@ -79,14 +84,18 @@ CASES = {
         MOLECULE, {"peft": "elora", "peft_rank": 2, "peft_targets": "published", "peft_alpha": 5.0},
         ("--ema",), {"E0s": "average", "ema_decay": 0.5}, as_yaml=True,
     ),
+    "static-all": Case(
+        FEWER_ELEMENTS, {"peft": "mmea", "peft_gate": "static", "peft_targets": "all"}, ("--swa",),
+        {"start_swa": 1, "E0s": E0S[FEWER_ELEMENTS]},
+    ),
+    "mmea-all": Case(MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_targets": "all"}),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
-def every_stage(method: str | None = None):
+def every_stage(cases=CASES):
     """Parametrises a test by ``name`` and ``stage_two`` of each model that the cases leave."""
-    stages = [(name, stage) for name, case in CASES.items() if method in (None, case.config.method)
-              for stage in case.stages]
+    stages = [(name, stage) for name in cases for stage in CASES[name].stages]
     return pytest.mark.parametrize("name, stage_two", [pytest.param(*s, id=s[0] + STAGES[s[1]]) for s in stages])
 
 
@@ -199,8 +208,8 @@ def test_a_calculator_takes_the_saved_model(finished, name):
     np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-10)
 
 
-@every_stage("elora")
-def test_elora_leaves_a_plain_mace_model(finished, before_training, name, stage_two):
+@every_stage([name for name, case in CASES.items() if case.merges])
+def test_what_merges_leaves_a_plain_mace_model(finished, before_training, name, stage_two):
     model, stock = finished(name).model(stage_two), before_training(name)["model"]
     classes, expected = [{key: type(module).__name__ for key, module in m.named_modules()} for m in (model, stock)]
     assert classes == expected
@@ -230,7 +239,7 @@ def test_merged_and_compiled_models_predict_where_mace_peft_is_missing(finished,
     expected = {}
     for name, case in CASES.items():
         run = finished(name)
-        files = [f"{NAME}_compiled.model"] + [f"{NAME}.model"] * (case.config.method == "elora")
+        files = [f"{NAME}_compiled.model"] + [f"{NAME}.model"] * case.merges
         prediction = predict(run.model(), unseen(name))
         expected |= {f"{case.molecule}={run.folder / file}": prediction for file in files}
     process = [sys.executable, "-S", "-c", WITHOUT_MACE_PEFT, finished("mmea-products").folder / f"{NAME}.model",
@@ -248,7 +257,7 @@ def test_merged_and_compiled_models_predict_where_mace_peft_is_missing(finished,
 def test_the_log_lists_what_trains(finished, before_training, name):
     log, model, config = finished(name).log, before_training(name)["model"], CASES[name].config
     assert config.options() in log
-    listed = re.findall(r"^\| (\S+) +\| (?:gate|low-rank update|itself) +\| +([\d,]+) \|", log, re.MULTILINE)
+    listed = re.findall(r"^\| (\S+) +\| (?:gate|gains|low-rank update|itself) +\| +([\d,]+) \|", log, re.MULTILINE)
     along = {key for key, weight in model.named_parameters()
              if key.startswith("readouts.") and config.train_also and weight.numel()}
     assert {module for module, _ in listed} == {unit(model, target) for target in find_targets(model, config)} | along
