@@ -19,6 +19,7 @@ from torch import nn
 from mace_peft.backward import backward_to
 from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
+from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.files import NO_ROOM, complete, one_line_errors
 from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les
 from mace_peft.injection import eject, fold, freeze, trainability_kept
@@ -70,6 +71,7 @@ class FineTune:
             losses = FiniteLosses(self.training, lambda: self.checkpoints.io.of_this_run())
             stack.enter_context(losses.replaced_names())
             stack.enter_context(backward_to(self.trained))
+            stack.enter_context(contract_by_element())
             if hasattr(run_train, "apply_pseudolabels_to_pt_head_configs"):  # mace-torch 0.3.14 and later
                 label = functools.partial(apply_pseudolabels, run_train.apply_pseudolabels_to_pt_head_configs)
                 stack.enter_context(replaced(run_train, "apply_pseudolabels_to_pt_head_configs", label))
@@ -219,7 +221,8 @@ class FineTune:
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
         try:
-            return self.original.jit.compile(model)
+            with contract_as_mace():
+                return self.original.jit.compile(model)
         except Exception as error:
             logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
             raise

@@ -1,4 +1,6 @@
-"""Cheaper steps: a backward pass to what trains alone, and messages that copy less, give what MACE's own steps give."""
+"""Cheaper steps give what MACE's own give: a backward pass to what trains alone, messages that copy less, and
+contractions by element.
+"""
 
 import contextlib
 import copy
@@ -6,15 +8,18 @@ import copy
 import pytest
 import torch
 from combined import adapters, assert_same, train_only, write_small
+from e3nn import o3
 from mace.modules import WeightedEnergyForcesLoss
+from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
 from test_families import OPTIONS, families
-from tiny import assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
+from tiny import assert_close, assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
 from torch import fx
 from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, inject, trainable_parameters
 from mace_peft.backward import backward_to
+from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.messages import SplitProduct, cut_by_split, is_cut, restore_messages, split_code, split_messages
 
 STEPS = 20
@@ -29,7 +34,10 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
     structures, losses = loaded(model, configurations(4)), []
     if cheap:
         split_messages(model)
-    with backward_to(lambda: list(learnt.values())) if cheap else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if cheap:
+            stack.enter_context(backward_to(lambda: list(learnt.values())))
+            stack.enter_context(contract_by_element())
         for _ in range(STEPS):
             loss, _ = take_step(
                 model=model, loss_fn=WeightedEnergyForcesLoss(1.0, 100.0), batch=structures, optimizer=optimizer,
@@ -58,9 +66,46 @@ def test_a_run_ends_as_with_the_steps_of_mace(tmp_path, monkeypatch):
     assert all(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
     monkeypatch.setattr("mace_peft.finetune.backward_to", lambda trained: contextlib.nullcontext())
     monkeypatch.setattr("mace_peft.finetune.split_messages", lambda model: model)
+    monkeypatch.setattr("mace_peft.finetune.contract_by_element", contextlib.nullcontext)
     whole, given = train_only(inputs, "whole", "--ema", max_num_epochs=3)
     assert not any(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
     assert_same(adapters(run), adapters(whole), 1e-10)
+
+
+# --- contractions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families())
+def test_contractions_of_every_family_are_the_same(name):
+    model = tiny_mace(**OPTIONS[name])
+    expected = second_order(model)
+    with contract_by_element():
+        found = second_order(model)
+        with contract_as_mace():
+            assert_equal(second_order(model), expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert_equal(second_order(model), expected)
+
+
+@pytest.mark.parametrize("correlation", [1, 2, 3, 4])
+@pytest.mark.parametrize("irrep_out", ["0e", "1o", "2e"])
+def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out):
+    """Values and derivatives of atoms in any order; of order 4 it is MACE's."""
+    irreps = o3.Irreps("2x0e+2x1o+2x2e")
+    contraction = Contraction(irreps, o3.Irreps(irrep_out), correlation, num_elements=4)
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 9, requires_grad=True)
+    y = torch.eye(4)[[2, 0, 2, 1, 2]]  # an element without atoms
+
+    def results():
+        out = contraction(x, y)
+        force, = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+        weights = [weight for weight in contraction.parameters() if weight.requires_grad]
+        return [out, force, *torch.autograd.grad(force.pow(2).sum(), [x, *weights], materialize_grads=True)]
+
+    expected = results()
+    with contract_by_element():
+        assert_close(results(), expected)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
