@@ -26,9 +26,9 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import ablations
 import ase.io
 import torch
+import train
 from accuracy_report import write_report
 from cells import EXPERIMENTS, METHODS, Cell, learning_rates
 from environment import environment
@@ -49,10 +49,8 @@ def command(cell: Cell, args) -> list[str]:
         **(architecture(args.foundation) if cell.method == "scratch" else
            {"foundation_model": args.foundation, "multiheads_finetuning": "False"}),
         **cell.options()}
-    program = [sys.executable, HERE / "ablations.py", cell.ablation] if cell.ablation else [shutil.which(
-        "mace_run_train", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")]
-    return [*map(str, program), *(f"--{name}" if value is True else f"--{name}={value}"
-                                  for name, value in options.items())]
+    return [sys.executable, str(HERE / "train.py"), cell.ablation or "whole",
+            *(f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items())]
 
 
 @functools.cache
@@ -103,7 +101,7 @@ def run(cell: Cell, args) -> dict:
 def trained(cell: Cell, found: dict, said: str, folder: Path) -> int:
     """Parameters that the run has changed."""
     if cell.ablation:
-        return ablations.learnt(cell.ablation, load_file(folder / "run_adapter" / "adapter_model.safetensors"))
+        return train.learnt(cell.ablation, load_file(folder / "run_adapter" / "adapter_model.safetensors"))
     if "peft" in METHODS[cell.method]:
         return int(re.search(r"Trainable: ([\d,]+) parameters", said)[1].replace(",", ""))
     if cell.method == "MACE LoRA":

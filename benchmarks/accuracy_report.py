@@ -15,7 +15,8 @@ from pages import DOCS, fill, table, versions
 STYLES = {"foundation": ("0.6", ":"), "scratch": ("0.6", "-"), "full": ("black", "-"), "readouts": ("0.6", "--"),
           "MACE LoRA": ("black", "--"), "elora products": ("tab:blue", "-"), "elora linears": ("tab:blue", "--"),
           "elora published": ("tab:blue", ":"), "mmea products": ("tab:orange", "-"),
-          "mmea linears": ("tab:orange", "--"), "mmea published": ("tab:orange", ":")}
+          "mmea linears": ("tab:orange", "--"), "mmea published": ("tab:orange", ":"),
+          "mmea all": ("tab:orange", "-."), "static all": ("tab:green", "-")}
 
 
 class Results:

@@ -21,10 +21,12 @@ METHODS: dict[str, dict] = {
     "MACE LoRA": {"lora": "True", "lora_rank": 16},
     **{f"{method} {placement}": {"peft": method, "peft_targets": placement}
        for placement in PLACEMENTS for method in ("elora", "mmea")},
+    "mmea all": {"peft": "mmea", "peft_targets": "all"},
+    "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
 }
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
-ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see ablations.py
+ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see train.py
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED})
 
 
@@ -79,7 +81,7 @@ class Cell:
             "max_num_epochs": self.epochs, "lr_factor": 0.8, "scheduler_patience": 5, "ema": True, "ema_decay": 0.995,
             "clip_grad": 100, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
             "error_table": "TotalMAE", "plot": "False", "restart_latest": True, **stage_two, **method,
-            **({"peft_rank": self.rank} if "peft" in method else {})}
+            **({"peft_rank": self.rank} if "peft" in method and "peft_gate" not in method else {})}
 
 
 def sweep(results: dict[str, dict], _) -> Iterator[Cell]:

@@ -75,7 +75,7 @@ def test_a_model_from_scratch_has_the_shape_of_the_foundation(benchmark, tmp_pat
     torch.save(tiny_mace(), tmp_path / "foundation.model")
     args = SimpleNamespace(foundation=tmp_path / "foundation.model", data=tmp_path, device="cpu")
     line = accuracy.command(benchmark("cells").Cell("ethanol", "scratch", 0.01), args)
-    args = run_train.tools.build_default_arg_parser().parse_args(line[1:])
+    args = run_train.tools.build_default_arg_parser().parse_args(line[3:])
     assert args.foundation_model is None and args.E0s == "average" and args.model == "ScaleShiftMACE"
     assert (args.hidden_irreps, args.MLP_irreps, args.radial_MLP) == ("4x0e+4x1o", "8x0e", "[8, 8, 8]")
     assert (args.r_max, args.max_ell, args.correlation, args.num_interactions) == (4.0, 2, 3, 2)
@@ -84,11 +84,11 @@ def test_a_model_from_scratch_has_the_shape_of_the_foundation(benchmark, tmp_pat
 
 @pytest.mark.parametrize("kind", ["static", "shared", "scalars"])
 def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
-    ablations, mmea = benchmark("ablations"), importlib.import_module("mace_peft.methods.mmea")
+    train, mmea = benchmark("train"), importlib.import_module("mace_peft.methods.mmea")
     torch.manual_seed(0)
     gate = mmea.MMEA("4x0e+3x1o", "4x0e+3x1o+2x2e", rank=2)
     start = {name: parameter.detach().clone() for name, parameter in gate.named_parameters()}
-    for name, change in ablations.HELD[kind].items():
+    for name, change in train.HELD[kind].items():
         getattr(gate, name).register_hook(change)
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.1, amsgrad=True)
     x, h, target = torch.randn(20, 13), torch.randn(20, 23), torch.randn(20, 23)
@@ -108,7 +108,7 @@ def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
             assert changed == set(start)
             assert torch.equal(gains, gains[:, :1].expand_as(gains)) and gains[:, 0].std() > 0
     counts = {"static": 5 + 4, "scalars": 4 * 2 + 2 + 2 * 4 + 4, "shared": 4 * 2 + 2 + 2 * 4 + 4 + 2 + 1}
-    assert ablations.learnt(kind, gate.state_dict()) == counts[kind]
+    assert train.learnt(kind, gate.state_dict()) == counts[kind]
 
 
 def result(cells, cell, force: float) -> dict:
