@@ -30,9 +30,17 @@ from mace_peft.adapted import (
     Updated,
 )
 from mace_peft.config import PeftError, one_line
-from mace_peft.methods import MMEA, Gains
+from mace_peft.methods import MMEA, Gains, ScaledUpdate
 from mace_peft.models import adapted_blocks, adapted_class, trainable_parameters
-from mace_peft.scaled import Scaled, ScaledContraction, ScaledLinear, ScaledTensorProduct
+from mace_peft.scaled import (
+    Scaled,
+    ScaledContraction,
+    ScaledLinear,
+    ScaledLowRankContraction,
+    ScaledLowRankLinear,
+    ScaledLowRankTensorProduct,
+    ScaledTensorProduct,
+)
 
 
 class CueGatedLinear(Adapted, cuet.Linear):
@@ -100,7 +108,7 @@ class Contraction(Adapted):
             self.base.register_buffer(name.replace(".", "_"), weight.detach().clone(), persistent=False)
 
     def updates(self) -> dict[str, Tensor]:
-        if isinstance(self.adapter, Gains):
+        if isinstance(self.adapter, (Gains, ScaledUpdate)):
             return self.adapter({name: self.base.get_buffer(name.replace(".", "_")) for name in self.adapter.names})
         return self.adapter()
 
@@ -117,6 +125,8 @@ CLASSES = {
     LowRankTensorProduct: CueLowRankTensorProduct,
     ScaledLinear: CueScaledLinear,
     ScaledTensorProduct: CueScaledTensorProduct,
+    ScaledLowRankLinear: CueScaledLinear,
+    ScaledLowRankTensorProduct: CueScaledTensorProduct,
 }
 
 
@@ -147,7 +157,7 @@ def carry_over(model: nn.Module, base: nn.Module, accelerated: nn.Module) -> Non
     layout = accelerated.products[0].cueq_config.layout_str
     for name, block in adapted_blocks(model):
         adapter = copy.deepcopy(block.adapter)
-        if isinstance(block, (LowRankContraction, ScaledContraction)):
+        if isinstance(block, (LowRankContraction, ScaledContraction, ScaledLowRankContraction)):
             owner, index = name.rsplit(".contractions.", 1)
             carry_contraction(adapter, int(index), base.get_submodule(owner), accelerated.get_submodule(owner))
             continue

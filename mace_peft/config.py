@@ -29,6 +29,7 @@ class PeftConfig:
         names of modules.
     gate: MMEA's gain is ``exp``: exp(g), or ``residual``: 1 + g, of each atom's scalars; or ``static``: exp(g) of a
         learnt g for each output channel of each weighted operation, which merges into the weights, and has no rank.
+        With ELoRA, ``static`` adds these gains to its updates.
     init_std: standard deviation of MMEA's scalar shift at the start; 0 makes step 0 equal to the foundation.
     train_also: comma-separated glob patterns over the names of base parameters that train along.
 
@@ -59,6 +60,11 @@ class PeftConfig:
         # plain numbers, whatever number types came in: they go to JSON
         for name, value in {"rank": int(self.rank), "alpha": float(alpha), "init_std": float(self.init_std)}.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def has_rank(self) -> bool:
+        """Static gains alone have none."""
+        return self.method == "elora" or self.gate != "static"
 
     def to_dict(self) -> dict:
         """The settings as JSON-ready values; ``PeftConfig(**d)`` is the way back."""

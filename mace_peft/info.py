@@ -7,6 +7,7 @@ from pathlib import Path
 from prettytable import PrettyTable
 from torch import Tensor
 
+from mace_peft.config import PeftConfig
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.models import fingerprint, is_adapted, trainable_parameters
 from mace_peft.report import count
@@ -40,8 +41,11 @@ def info(path: str) -> str:
 
 def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> str:
     config, foundation = description["peft"], description["foundation"]
-    settings = {"mmea": f"gate {config['gate']}", "elora": f"alpha {config['alpha']:g}"}
-    rank = "" if config["gate"] == "static" else f"rank {config['rank']}, "
+    settings = [f"rank {config['rank']}"] * PeftConfig(**config).has_rank
+    if config["method"] == "elora":
+        settings.append(f"alpha {config['alpha']:g}")
+    if config["method"] == "mmea" or config["gate"] == "static":
+        settings.append(f"gate {config['gate']}")
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         module = name.partition(".adapter.")[0]
@@ -51,7 +55,7 @@ def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> st
     modules.add_rows([[module, f"{size:,}"] for module, size in sorted(sizes.items())])
     return table({
         "what": what,
-        "method": f"{config['method']}, {rank}{settings[config['method']]}",
+        "method": ", ".join([config["method"], *settings]),
         "placement": config["targets"],
         "trains along": config["train_also"] or "nothing",
         "parameters": f"{sum(sizes.values()):,} ({description['dtype']})",

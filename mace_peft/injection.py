@@ -73,8 +73,8 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
 
 def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -> None:
-    if config.gate == "static":
-        return  # gains have no rank
+    if not config.has_rank:
+        return
     largest = {name: adapted.largest_rank(model.get_submodule(name)) for name, adapted in targets.items()}
     widest = max(largest, key=largest.get)
     if config.rank > largest[widest]:

@@ -22,9 +22,10 @@ from mace_peft.adapted import LowRank
 from mace_peft.config import PeftError
 from mace_peft.foundation import default_dtype_of, symbols
 from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate
+from mace_peft.methods.elora import Update
 from mace_peft.methods.mmea import SCALAR
 from mace_peft.models import adapted_blocks, check_adapted
-from mace_peft.scaled import Scaled
+from mace_peft.scaled import Scaled, ScaledLowRank
 from mace_peft.targets import unit
 
 BOX = {"whislo": 1, "q1": 25, "med": 50, "q3": 75, "whishi": 99}  # percentiles, by their names in Axes.bxp
@@ -117,7 +118,8 @@ def static_gains(model: nn.Module) -> dict:
     units: dict[str, list[float]] = {}
     for name, block in adapted_blocks(model):
         if isinstance(block, Scaled):
-            gains = block.adapter.g.detach().exp().flatten()
+            adapter = block.adapter.gains if isinstance(block, ScaledLowRank) else block.adapter
+            gains = adapter.g.detach().exp().flatten()
             if not gains.isfinite().all():
                 raise PeftError(f"gains of {name} are not finite: the training has diverged, lower its learning rate")
             units.setdefault(unit(model, name), []).extend(gains.tolist())
@@ -139,7 +141,7 @@ def update_spectra(model: nn.Module) -> dict:
     config = model.peft_config
     units: dict[str, list[dict]] = {}
     for name, block in adapted_blocks(model):
-        if isinstance(block, LowRank):
+        if isinstance(block, (LowRank, ScaledLowRank)):
             owner = unit(model, name)
             units.setdefault(owner, []).extend(singular_values(name, block, name[len(owner) + 1 :]))
     if not units:
@@ -149,20 +151,25 @@ def update_spectra(model: nn.Module) -> dict:
 
 
 @torch.no_grad()
-def singular_values(name: str, block: LowRank, part: str) -> Iterator[dict]:
-    updates = block.adapter()
+def singular_values(name: str, block: LowRank | ScaledLowRank, part: str) -> Iterator[dict]:
+    updates = low_rank(block)()
     if not all(update.isfinite().all() for update in updates.values()):
         raise PeftError(f"the update of {name} is not finite: the training has diverged, lower its learning rate")
     weights = {key: block.get_parameter(key) for key in updates}
     for (key, update), (_, weight) in zip(matrices(block, updates), matrices(block, weights), strict=True):
-        values = torch.linalg.svdvals(update.double())[: block.adapter.rank]
+        values = torch.linalg.svdvals(update.double())[: low_rank(block).rank]
         yield {"weight": f"{part} {key}".strip(), "singular_values": values.tolist(),
                "weight_norm": weight.double().norm().item()}
 
 
-def matrices(block: LowRank, weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def low_rank(block: LowRank | ScaledLowRank) -> Update:
+    """What gives the low-rank update of the block."""
+    return block.adapter.update if isinstance(block, ScaledLowRank) else block.adapter
+
+
+def matrices(block: LowRank | ScaledLowRank, weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """The block's weights, or updates of them, as the matrices that are updated by low rank, each with its name."""
-    adapter = block.adapter
+    adapter = low_rank(block)
     if isinstance(adapter, ContractionUpdate):
         return [("", weights["weights_max"].flatten(0, 1))]
     weight = weights["weight"]

@@ -21,7 +21,8 @@ OPTIONS = {
     "peft_alpha": "updates of weights are scaled by alpha / rank (default: the rank)",
     "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
                     "module names (default: products)",
-    "peft_gate": "gain of MMEA: exp, residual, or static, which merges into the weights (default: exp)",
+    "peft_gate": "gain of MMEA: exp, residual, or static, which merges into the weights, and which ELoRA takes too "
+                 "(default: exp)",
     "peft_init_std": "std of MMEA's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
@@ -58,11 +59,13 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     if "peft" not in given:
         name, value = next(iter(given.items()))
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
+    static = given.get("peft_gate") == "static"
     for name in ("peft_gate", "peft_init_std"):
-        if name in given and given["peft"] == "elora":
-            raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates: leave it out")
+        if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):
+            raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates that atoms drive: "
+                            "leave it out, or use --peft_gate static")
     for name in ("peft_rank", "peft_alpha", "peft_init_std"):
-        if name in given and given.get("peft_gate") == "static":
+        if name in given and given["peft"] == "mmea" and static:
             raise PeftError(f"--{name} {given[name]} has no effect on static gains, which have no rank and no shifts: "
                             "leave it out")
     settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}

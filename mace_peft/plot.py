@@ -22,7 +22,7 @@ from mace_peft.foundation import load_foundation
 from mace_peft.loading import load_adapter
 from mace_peft.measure import gain_statistics, gates_with_gains, static_gains, update_spectra
 from mace_peft.models import adapted_blocks
-from mace_peft.scaled import Scaled
+from mace_peft.scaled import Scaled, ScaledLowRank
 
 TITLES = {"mmea": "MMEA", "elora": "ELoRA"}
 STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
@@ -38,7 +38,8 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     """
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
-    updates, static = [any(isinstance(block, kind) for _, block in adapted_blocks(model)) for kind in (LowRank, Scaled)]
+    updates, static = [any(isinstance(block, kind) for _, block in adapted_blocks(model))
+                       for kind in ((LowRank, ScaledLowRank), Scaled)]
     if gains and structures is None:
         raise PeftError(f"{adapter} has gates, whose gains depend on the atoms: add --structures with a file of some")
     if structures is not None and not gains:

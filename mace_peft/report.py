@@ -5,9 +5,12 @@ from __future__ import annotations
 from prettytable import PrettyTable
 from torch import nn
 
-from mace_peft.adapted import LowRank, Mergeable
+from mace_peft.adapted import Adapted, LowRank
 from mace_peft.models import adapted_blocks, trainable_parameters
+from mace_peft.scaled import Scaled, ScaledLowRank
 from mace_peft.targets import unit
+
+KINDS = {ScaledLowRank: "gains and low-rank update", Scaled: "gains", LowRank: "low-rank update", Adapted: "gate"}
 
 
 def summary(model: nn.Module) -> str:
@@ -19,8 +22,7 @@ def summary(model: nn.Module) -> str:
     adapters = dict(adapted_blocks(model))
     rows: dict[tuple[str, str], int] = {}
     for name, block in adapters.items():
-        kind = "low-rank update" if isinstance(block, LowRank) else "gains" if isinstance(block, Mergeable) else "gate"
-        row = (unit(model, name), kind)
+        row = (unit(model, name), next(kind for cls, kind in KINDS.items() if isinstance(block, cls)))
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
     rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
                  if name in model.peft_originals})

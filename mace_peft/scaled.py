@@ -1,4 +1,7 @@
-"""Blocks whose weights take static gains (``mace_peft.methods.gains``): ``--peft mmea --peft_gate static``."""
+"""Blocks whose weights take static gains (``mace_peft.methods.gains``): ``--peft_gate static``.
+
+With ``--peft mmea`` gains are all, with ``--peft elora`` they scale weights that are updated by low rank as well.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from e3nn import o3
 from mace.modules.symmetric_contraction import Contraction
 from torch import Tensor, nn
 
-from mace_peft.adapted import EMPTY, Mergeable, RadialLayer
+from mace_peft.adapted import EMPTY, LOW_RANK, Mergeable, RadialLayer
 from mace_peft.config import PeftConfig
-from mace_peft.methods import ContractionGains, LinearGains, MatrixGains, TensorProductGains
+from mace_peft.methods import ContractionGains, LinearGains, MatrixGains, ScaledUpdate, TensorProductGains
 
 
 class Scaled(Mergeable):
@@ -65,4 +68,46 @@ SCALED = {
     RadialLayer: ScaledLayer,
     nn.Linear: ScaledDense,
     Contraction: ScaledContraction,
+}
+
+
+class ScaledLowRank(Scaled):
+    """A block whose weights are updated by low rank, and then scaled."""
+
+    @classmethod
+    def make_adapter(cls, block: nn.Module, config: PeftConfig) -> ScaledUpdate:
+        kind = cls.__bases__[-1]
+        return ScaledUpdate(SCALED[kind].make_adapter(block, config), LOW_RANK[kind].make_adapter(block, config))
+
+    @classmethod
+    def largest_rank(cls, block: nn.Module) -> int:
+        return LOW_RANK[cls.__bases__[-1]].largest_rank(block)
+
+
+class ScaledLowRankLinear(ScaledLowRank, o3.Linear):
+    pass
+
+
+class ScaledLowRankTensorProduct(ScaledLowRank, o3.FullyConnectedTensorProduct):
+    pass
+
+
+class ScaledLowRankLayer(ScaledLowRank, RadialLayer):
+    pass
+
+
+class ScaledLowRankDense(ScaledLowRank, nn.Linear):
+    pass
+
+
+class ScaledLowRankContraction(ScaledLowRank, Contraction):
+    pass
+
+
+SCALED_LOW_RANK = {
+    o3.Linear: ScaledLowRankLinear,
+    o3.FullyConnectedTensorProduct: ScaledLowRankTensorProduct,
+    RadialLayer: ScaledLowRankLayer,
+    nn.Linear: ScaledLowRankDense,
+    Contraction: ScaledLowRankContraction,
 }

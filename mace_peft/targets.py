@@ -12,7 +12,7 @@ from torch import nn
 
 from mace_peft.adapted import COMPOSITES, GATED, GATED_PRODUCTS, LOW_RANK
 from mace_peft.config import PLACEMENTS, PeftConfig, PeftError, describe_targets, did_you_mean, split_patterns
-from mace_peft.scaled import SCALED
+from mace_peft.scaled import SCALED, SCALED_LOW_RANK
 
 # The classes that a placement means. A module that has no adapter of its own in the method passes the placement on
 # to what it is made of: ELoRA at a product block updates the block's linear layer and contractions.
@@ -28,10 +28,10 @@ def adaptable(config: PeftConfig) -> dict[type, type]:
     """What the method makes of a block. MMEA updates by low rank what it does not gate: in the published runs that is
     everything but linear layers; ``all`` has gates alone.
     """
+    if config.gate == "static":
+        return SCALED if config.method == "mmea" else SCALED_LOW_RANK
     if config.method == "elora":
         return LOW_RANK
-    if config.gate == "static":
-        return SCALED
     if config.targets == "all":
         return {o3.Linear: GATED[o3.Linear], **GATED_PRODUCTS}
     return {**LOW_RANK, **GATED} if config.targets in PLACEMENTS else {**LOW_RANK, **GATED, **GATED_PRODUCTS}

@@ -23,13 +23,13 @@ from mace_peft.models import is_adapted
 # a composite, an adapter around adapters, a single module
 GLOBS = "interactions.0, products.*, readouts.0.linear"
 PLACEMENTS = ("products", "linears", "published", GLOBS)
-# mmea with gates, elora, and mmea with static gains
+# static: mmea with static gains
 METHODS = ("mmea", "elora", "static")
 DOUBLE, SINGLE = torch.float64, torch.float32
 # every method x placement x dtype on one model, and every max_L where all kinds of modules are adapted
 EVERY = [(method, targets, 1, dtype) for method in METHODS for targets in PLACEMENTS for dtype in (DOUBLE, SINGLE)]
 EVERY += [(method, "published", max_L, DOUBLE) for method in METHODS for max_L in (0, 2, 3)]
-EVERY += [(method, "all", 1, DOUBLE) for method in METHODS]
+EVERY += [(method, "all", 1, DOUBLE) for method in (*METHODS, "elora-static")]
 IN_DOUBLE = [case for case in EVERY if case[3] == DOUBLE]
 ONE_MODEL = [case for case in IN_DOUBLE if case[2] == 1]
 COMPILED = [("mmea", "products", 1, DOUBLE), ("mmea", GLOBS, 1, DOUBLE), ("elora", "published", 1, DOUBLE),
@@ -71,8 +71,8 @@ def base(case):
 
 def config_of(case, **settings):
     method, targets, _, _ = case
-    method = {"method": "mmea", "gate": "static"} if method == "static" else {"method": method}
-    return PeftConfig(**method, targets=targets, **settings)
+    method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
+    return PeftConfig(method, gate=gate, targets=targets, **settings)
 
 
 def new(case):

@@ -28,14 +28,15 @@ def foundation(polar=False, **options):
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
 METHODS = ("mmea", "elora", "static")  # static: mmea with static gains
 EVERY = [(method, targets) for method in METHODS for targets in ("products", "linears", "published")]
+EVERY += [("elora-static", "all")]
 PARTS = [(method, "interactions.*.skip_tp") for method in METHODS]
 PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "static")]
 
 
 def new(method, targets, train_also=None, **options):
     """A model with random adapters."""
-    method = {"method": "mmea", "gate": "static"} if method == "static" else {"method": method}
-    config = PeftConfig(**method, rank=2, targets=targets, train_also=train_also)
+    method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
+    config = PeftConfig(method, gate=gate, rank=2, targets=targets, train_also=train_also)
     return randomise(inject(copy.deepcopy(foundation(**options)), config))
 
 

@@ -1,4 +1,4 @@
-"""Static gains: MMEA's modulation by learnt constants, which merge into the weights.
+"""Static gains: MMEA's modulation by learnt constants, which merge into the weights, of low rank updates too.
 
     W[..., c]  <-  exp(g[c]) W[..., c]        g = 0 at the start
 
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from e3nn import o3
 from torch import Tensor, nn
+
+from mace_peft.methods.elora import Update
 
 
 class Gains(nn.Module):
@@ -96,3 +98,17 @@ class ContractionGains(Gains):
 
     def exponents(self) -> dict[str, Tensor]:
         return dict.fromkeys(self.names, self.g.unsqueeze(1))
+
+
+class ScaledUpdate(nn.Module):
+    """A low-rank update of ELoRA under gains: W <- exp(g) (W + (alpha / rank) A B)."""
+
+    def __init__(self, gains: Gains, update: Update):
+        super().__init__()
+        self.gains, self.update = gains, update
+        self.names = gains.names
+
+    def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        updates = self.update()
+        updated = {name: weight + updates[name] if name in updates else weight for name, weight in weights.items()}
+        return {name: updated[name] - weights[name] + update for name, update in self.gains(updated).items()}
