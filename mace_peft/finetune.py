@@ -28,6 +28,7 @@ from mace_peft.messages import restore_messages, split_messages
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory
 from mace_peft.plugin import replaced
+from mace_peft.ranks import choose_ranks, differentiate
 from mace_peft.replay import apply_pseudolabels
 from mace_peft.report import summary
 from mace_peft.start import Start, check_elements, check_heads, go_on
@@ -49,6 +50,7 @@ class FineTune:
         self.args = args
         self.start = start
         self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
+        self.loss: nn.Module | None = None
         self.model: nn.Module | None = None  # what trains
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
         self.checkpoints: AdapterCheckpointHandler | None = None
@@ -62,7 +64,7 @@ class FineTune:
             stack.enter_context(replaced(torch, "save", complete(torch.save)))
             stack.enter_context(replaced(torch.jit, "save", self.save_compiled))
             for name in ("remove_pt_head", "configure_model", "run_e3nn_to_cueq", "run_cueq_to_e3nn",
-                         "get_params_options", "ExponentialMovingAverage", "LBFGS", "DDP", "deepcopy"):
+                         "get_params_options", "get_loss_fn", "ExponentialMovingAverage", "LBFGS", "DDP", "deepcopy"):
                 stack.enter_context(replaced(run_train, name, getattr(self, name)))
             stack.enter_context(replaced(run_train, "jit", types.SimpleNamespace(compile=self.compile)))
             stack.enter_context(replaced(run_train.tools, "CheckpointHandler", self.CheckpointHandler))
@@ -153,6 +155,9 @@ class FineTune:
             in_data = {head.head_name: head.z_table.zs for head in head_configs}
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
+        if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
+            look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
+            self.start.config = choose_ranks(model, self.start.config, look)
         new = go_on(model, self.start.config, self.start.foundation, adapted)
         self.model = self.plain = split_messages(model)
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
@@ -163,6 +168,10 @@ class FineTune:
             logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
                             "--peft_train_also 'readouts.*'")
         return model, output_args
+
+    def get_loss_fn(self, *args, **kwargs) -> nn.Module:
+        self.loss = self.original.get_loss_fn(*args, **kwargs)
+        return self.loss
 
     def run_e3nn_to_cueq(self, model: nn.Module, **kwargs) -> nn.Module:
         from mace_peft.accelerated import accelerate

@@ -34,6 +34,8 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     leaves the model as it was.
     """
     targets = check(model, config)
+    if config.rank == "auto" and config.rank_pattern is None:
+        raise PeftError("--peft_rank auto has to be chosen from data first: see mace_peft.ranks.choose_ranks")
     adapt(model, targets, config, foundation or {"name": None, "fingerprint": fingerprint(model)})
     return freeze(model)
 
@@ -73,7 +75,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
 
 def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -> None:
-    if not config.has_rank:
+    if not config.has_rank or config.rank == "auto":
         return
     largest = {name: adapted.largest_rank(model.get_submodule(name)) for name, adapted in targets.items()}
     widest = max(largest, key=largest.get)

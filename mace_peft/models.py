@@ -100,7 +100,7 @@ def add_adapters(model: nn.Module, targets: dict[str, type], config: PeftConfig)
     for name, adapted in targets.items():
         block = model.get_submodule(name)
         weight = next(iter([*block.parameters(), *model.parameters()]))  # messages have their weights from elsewhere
-        block.adapter = adapted.make_adapter(block, config).to(weight.device, weight.dtype)
+        block.adapter = adapted.make_adapter(block, config.of_module(name)).to(weight.device, weight.dtype)
         block.__class__ = adapted
 
 

@@ -17,7 +17,8 @@ from mace_peft.config import PeftConfig, PeftError
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
 OPTIONS = {
     "peft": "train adapters instead of the whole model: mmea or elora",
-    "peft_rank": "rank of the adapters (default: 16)",
+    "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: 16)",
+    "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
     "peft_alpha": "updates of weights are scaled by alpha / rank (default: the rank)",
     "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
                     "module names (default: products)",
@@ -64,13 +65,13 @@ def read_settings(args: argparse.Namespace) -> dict | None:
         if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):
             raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates that atoms drive: "
                             "leave it out, or use --peft_gate static")
-    for name in ("peft_rank", "peft_alpha", "peft_init_std"):
+    for name in ("peft_rank", "peft_budget", "peft_alpha", "peft_init_std"):
         if name in given and given["peft"] == "mmea" and static:
             raise PeftError(f"--{name} {given[name]} has no effect on static gains, which have no rank and no shifts: "
                             "leave it out")
     settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
-        if name in settings:
+        if name in settings and settings[name] != "auto":
             settings[name] = parse(name, settings[name], number)
     PeftConfig(**{name: value for name, value in settings.items() if name != "adapter"})
     return settings
@@ -80,7 +81,7 @@ def parse(name: str, text: object, number: type[int] | type[float]):
     try:
         return number(str(text))  # int(2.5) is 2, int('2.5') is an error
     except ValueError:
-        kind = "a whole number" if number is int else "a number"
+        kind = "a whole number or auto" if number is int else "a number"
         raise PeftError(f"--peft_{name} {text!r} is not {kind}: use one, such as --peft_{name} 16") from None
 
 

@@ -80,11 +80,14 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
     Raises PeftError for another value of one that shapes the adapters.
     """
     names = {"method": "--peft"}
-    for name in ("method", "rank", "alpha", "gate", "init_std"):
+    for name in ("method", "rank", "budget", "alpha", "gate", "init_std"):
         if name in given and given[name] != getattr(adapter, name):
             option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
             raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: give {held}, "
                             "or start from the foundation")
+    if adapter.rank_pattern is not None and given.get("targets", adapter.targets) != adapter.targets:
+        raise PeftError(f"--peft_targets {given['targets']} differs from the {adapter.targets} that the ranks of the "
+                        f"adapter in {source} were chosen for: leave it out, or start from the foundation")
     return dataclasses.replace(adapter, **given)
 
 

@@ -30,8 +30,9 @@ NUMBERS_OR_NONE = ([float], type(None))
 ORIGIN = {"name": TEXT_OR_NONE, "fingerprint": str}
 FIELDS = {
     "format": int,
-    "peft": {"method": str, "rank": int, "alpha": float, "targets": str, "gate": str, "init_std": float,
-             "train_also": TEXT_OR_NONE},
+    "peft": {"method": str, "rank": (int, str), "alpha": (float, type(None)), "targets": str, "gate": str,
+             "init_std": float, "train_also": TEXT_OR_NONE, "budget": TEXT_OR_NONE,
+             "rank_pattern": ({str: int}, type(None))},
     "foundation": (ORIGIN, ORIGIN | {"head": TEXT_OR_NONE}),
     "model_class": str,
     "elements": [int],
@@ -190,12 +191,14 @@ def check_description(description: dict, path: Path, tensors: bytes) -> dict:
 
 def fits(value: object, kind: object) -> bool:
     """Whether a JSON value is of the kind: a type; [kind], a list of such entries, not empty; {name: kind}, an object
-    of these fields; or (kind, kind), either. Numbers have to be finite.
+    of these fields; {str: kind}, one of any fields; or (kind, kind), either. Numbers have to be finite.
     """
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
     if isinstance(kind, list):
         return isinstance(value, list) and value != [] and all(fits(entry, kind[0]) for entry in value)
+    if isinstance(kind, dict) and str in kind:
+        return isinstance(value, dict) and all(fits(entry, kind[str]) for entry in value.values())
     if isinstance(kind, dict):
         return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
     return type(value) is kind and (kind is not float or math.isfinite(value))

@@ -60,7 +60,17 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
             if not matched:
                 raise PeftError(no_match(model, pattern, config))
             found |= matched
-    return {name: adapted[type(module)] for name, module in modules.items() if name in found}
+    found = {name: type(module) for name, module in modules.items() if name in found}
+    if config.rank_pattern is None:
+        return {name: adapted[kind] for name, kind in found.items()}
+    ranks = dict(config.rank_pattern)
+    unknown = sorted(ranks.keys() - found)
+    if unknown:
+        raise PeftError(f"a rank was chosen for {unknown[0]}, which is no target in this model: choose the ranks anew")
+    # what has no rank has static gains, or nothing
+    kinds = {name: (adapted if name in ranks else SCALED if config.gate == "static" else {}).get(kind)
+             for name, kind in found.items()}
+    return {name: kind for name, kind in kinds.items() if kind}
 
 
 def adaptable_inside(model: nn.Module, adapted: dict[type, type], wanted: list[str]) -> set[str]:

@@ -51,7 +51,7 @@ def test_a_value_outside_the_rules_is_refused(settings, named):
 def test_defaults():
     assert PeftConfig("mmea").to_dict() == {
         "method": "mmea", "rank": 16, "alpha": 16.0, "targets": "products", "gate": "exp", "init_std": 0.0,
-        "train_also": None}
+        "train_also": None, "budget": None, "rank_pattern": None}
 
 
 @pytest.mark.parametrize("rank", [1, 7, 32])

@@ -32,16 +32,18 @@ from mace_peft.options import OPTIONS
 cases = settings(deadline=None, derandomize=True, database=None)
 
 PATHS = ["mmea_adapter", "elora_adapter", "other_adapter", "damaged_adapter", "empty", "nowhere", "train.xyz", "."]
-PATTERNS = ["products", "linears", "published", "products.*", "products.0", "products.*.linear", "readouts.*", "*",
-            "interactions.*.linear_up", "*.conv_tp_weights.layer[01]", "*skip_tp*", "products.0, products.1",
+PATTERNS = ["products", "linears", "published", "all", "products.*", "products.0", "products.*.linear", "readouts.*",
+            "*", "interactions.*.linear_up", "*.conv_tp_weights.layer[01]", "*skip_tp*", "products.0, products.1",
             "products.[!0].linear", "node_embedding"]
-NUMBERS = {"peft_rank": int, "peft_alpha": float, "peft_init_std": float}
+NUMBERS = {"peft_rank": lambda text: text if text == "auto" else int(text), "peft_alpha": float,
+           "peft_init_std": float}
 SENSIBLE = {
     "peft": ["mmea", "elora"],
-    "peft_rank": ["1", "2", "4"],
+    "peft_rank": ["1", "2", "4", "auto"],
+    "peft_budget": ["5%", "100%", "300"],
     "peft_alpha": ["1", "0.5", "1e-3"],
     "peft_targets": PATTERNS,
-    "peft_gate": ["exp", "residual"],
+    "peft_gate": ["exp", "residual", "static"],
     "peft_init_std": ["0", "0.01"],
     "peft_train_also": ["readouts.*", "*", "node_embedding.*, products.*.weight", ""],
     "peft_adapter": PATHS[:3],
@@ -173,7 +175,8 @@ def front(folder):
 def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
     seen = collections.Counter()
     for method, value in itertools.product(METHODS, ODD + SENSIBLE[name]):
-        args, fine_tune = read(front, [*method, (name, value)], {}, {})
+        automatic = [("peft_rank", "auto")] * (name == "peft_budget")
+        args, fine_tune = read(front, [*method, *automatic, (name, value)], {}, {})
         if args is not None:
             check_settings(fine_tune.start.config, args)
         seen[args is not None] += 1

@@ -1,0 +1,176 @@
+"""--peft_rank auto: ranks by the singular values of the first gradients, within the budget."""
+
+import copy
+import dataclasses
+import functools
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from combined import train_only, write_small
+from mace.modules import WeightedEnergyForcesLoss
+from runs import train_here
+from test_reload import assert_reloads
+from tiny import assert_equal, configurations, loaded, predict, randomise, tiny_mace
+
+from mace_peft import PeftConfig, PeftError, inject, merge, trainable_parameters
+from mace_peft.options import read_settings
+from mace_peft.ranks import choose_ranks
+from mace_peft.start import settings_from
+
+pytestmark = pytest.mark.usefixtures("double_precision", "uncompiled")
+
+CASES = {
+    "elora": PeftConfig("elora", rank="auto", targets="all", budget="20%"),
+    "elora-static": PeftConfig("elora", rank="auto", targets="all", gate="static", budget="40%"),
+    "mmea": PeftConfig("mmea", rank="auto", targets="all", budget="30%"),
+    "mmea-published": PeftConfig("mmea", rank="auto", targets="published", budget="30%"),
+}
+every = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+
+
+def differentiate(model):
+    """The gradients of MACE's loss."""
+    structures = loaded(model, configurations(4))
+    output = model(structures.to_dict(), training=True, compute_force=True)
+    WeightedEnergyForcesLoss(1.0, 100.0)(pred=output, ref=structures).backward()
+
+
+@functools.cache
+def chosen(config):
+    return choose_ranks(tiny_mace(), config, differentiate)
+
+
+@every
+def test_the_budget_is_kept_and_used(config):
+    model = tiny_mace()
+    budget = float(config.budget[:-1]) / 100 * sum(parameter.numel() for parameter in model.parameters())
+    inject(model, chosen(config))
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    assert 0.8 * budget < trained <= budget
+
+
+@every
+def test_each_module_has_its_own_rank(config):
+    model, ranks = inject(tiny_mace(), chosen(config)), dict(chosen(config).rank_pattern)
+    assert len(set(ranks.values())) > 1
+    for name, rank in ranks.items():
+        adapter = model.get_submodule(name).adapter
+        adapter = getattr(adapter, "update", adapter)
+        assert (adapter.W1.shape[1] if hasattr(adapter, "W1") else adapter.rank) == rank
+        assert getattr(adapter, "scale", 1.0) == 1.0
+    others = {name for name, module in model.named_modules() if hasattr(module, "adapter")} - ranks.keys()
+    assert not others or config.gate == "static"
+    assert all(name.endswith(".g") for name in trainable_parameters(model) if name.partition(".adapter")[0] in others)
+
+
+@every
+def test_the_choice_is_the_same_each_time_and_leaves_no_trace(config):
+    model = tiny_mace()
+    before, expected = copy.deepcopy(model), torch.rand(1, generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(5)
+    assert choose_ranks(model, config, differentiate) == chosen(config)
+    assert torch.equal(torch.rand(1), expected)
+    assert_equal(predict(model, configurations(1)), predict(before, configurations(1)))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def gradients(**given):
+    """Gives these parameters these gradients, by the end of their names."""
+    def set_gradients(model):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            for end, gradient in given.items():
+                if name.endswith(end.replace("__", ".")):
+                    parameter.grad = gradient.reshape(parameter.shape)
+    return set_gradients
+
+
+def test_a_module_gets_no_more_ranks_than_its_gradient_has():
+    torch.manual_seed(0)
+    low = torch.randn(4, 2) @ torch.randn(2, 4)
+    config = choose_ranks(tiny_mace(max_L=0), PeftConfig("elora", rank="auto", targets="linears", budget="100%"),
+                          gradients(interactions__1__linear_up__weight=low))
+    assert config.rank_pattern == (("interactions.1.linear_up", 2),)
+
+
+def test_a_larger_gradient_comes_first():
+    config = PeftConfig("elora", rank="auto", targets="interactions.*.linear_up", budget="8")
+    small, large = torch.diag(torch.tensor([1.0, 1, 1, 1])), torch.diag(torch.tensor([3.0, 0, 0, 0]))
+    found = choose_ranks(tiny_mace(max_L=0), config, gradients(interactions__0__linear_up__weight=small,
+                                                               interactions__1__linear_up__weight=large))
+    assert found.rank_pattern == (("interactions.1.linear_up", 1),)
+    more = choose_ranks(tiny_mace(max_L=0), dataclasses.replace(config, budget="24"), gradients(
+        interactions__0__linear_up__weight=small, interactions__1__linear_up__weight=large))
+    assert more.rank_pattern == (("interactions.0.linear_up", 2), ("interactions.1.linear_up", 1))
+
+
+@pytest.mark.parametrize("name", ["elora-static", "mmea"])
+def test_a_run_chooses_says_why_and_keeps_the_choice(tmp_path, name, caplog, capsys):
+    inputs, config = write_small(tmp_path), CASES[name]
+    options = {"peft": config.method, "peft_targets": "all", "peft_rank": "auto", "peft_budget": config.budget}
+    if config.gate == "static":
+        options["peft_gate"] = "static"
+    train_here(inputs, work_dir=tmp_path / "run", max_num_epochs=1, **options)
+    said = capsys.readouterr().out + caplog.text
+    assert f"Ranks chosen for a budget of {config.budget}" in said and "kept of the gradient" in said
+    model = assert_reloads(inputs, tmp_path / "run")
+    ranks = dict(model.peft_config.rank_pattern)
+    listed = dict(re.findall(r"^\| (\S+) +\| +(\d+) \| +[\d,]+ \| +\d+ % \|", said, re.MULTILINE))
+    assert {module: int(rank) for module, rank in listed.items() if int(rank)} == ranks
+
+
+def test_a_restart_goes_on_with_the_same_ranks(tmp_path):
+    inputs = write_small(tmp_path)
+    options = {"peft": "elora", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "20%"}
+    train_only(inputs, "whole", max_num_epochs=2, **options)
+    run, given = train_only(inputs, "whole", "--restart_latest", max_num_epochs=3, **options)
+    assert given["model"].peft_config.rank_pattern
+
+
+def test_merged_ranks_of_all_sizes_give_the_same_predictions():
+    model = randomise(inject(tiny_mace(), chosen(CASES["elora-static"])), scale=0.1)
+    expected = predict(model, configurations(2))
+    for found, wanted in zip(predict(merge(model), configurations(2)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def fails(function, *arguments) -> str:
+    with pytest.raises(PeftError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("budget", ["0", "0%", "-5%", "101%", "lots", "nan%", "1.5"])
+def test_budgets_that_are_none_are_refused(budget):
+    message = fails(lambda: PeftConfig("elora", rank="auto", budget=budget))
+    assert f"--peft_budget {budget} is not allowed" in message
+
+
+def test_what_does_not_fit_together_is_refused():
+    assert "use --peft_rank auto" in fails(lambda: PeftConfig("elora", budget="5%"))
+    message = fails(choose_ranks, tiny_mace(), dataclasses.replace(CASES["elora"], budget="3"), differentiate)
+    assert "the smallest adapter takes" in message
+    assert "choose_ranks" in fails(inject, tiny_mace(), CASES["elora"])
+    other = chosen(CASES["elora"])
+    assert "--peft_targets products" in fails(settings_from, other, {"targets": "products"}, "the file")
+    assert "no target" in fails(inject, tiny_mace(interactions=1), other)
+
+
+def test_labels_that_are_not_finite_are_refused():
+    def broken(model):
+        differentiate(model)
+        next(parameter for parameter in model.parameters() if parameter.grad is not None).grad.fill_(float("nan"))
+
+    assert "not finite" in fails(choose_ranks, tiny_mace(), CASES["elora"], broken)
+
+
+def test_text_is_read():
+    settings = read_settings(Namespace(peft="elora", peft_rank="auto", peft_budget="7.5%"))
+    assert settings == {"method": "elora", "rank": "auto", "budget": "7.5%"}
+    assert "or auto" in fails(read_settings, Namespace(peft="elora", peft_rank="autoo"))
