@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from pages import DOCS, fill, table, versions
+from variants import STAGES
 
 METHODS = [f"{method} {placement}" for placement in ("products", "linears", "published") for method in
            ("mmea", "elora")]
@@ -41,17 +42,17 @@ def steps(cells: list[dict]) -> str:
 def levers(cells: list[dict]) -> str:
     rows = []
     for cell in cells:
-        if "full, split messages" not in cell["step"]:
+        if "full, cheaper" not in cell["step"]:
             continue
-        same = spread(ratios(cell["step"], "full, split messages", "full"))
-        rows.append([title(cell), "none: full", "1.00", "", same, "", ""])
+        same = spread(ratios(cell["step"], "full, cheaper", "full"))
+        rows.append([title(cell), "none: full", "1.00", "", "", same, "", ""])
         for name in METHODS:
-            stages = [f"{name}, as MACE", f"{name}, to what trains", name, f"floor {name.split()[1]}"]
+            stages = [*(f"{name}, {stage}" for stage in STAGES), name, f"floor {name.split()[1]}"]
             if stages[0] in cell["step"]:
                 rows.append([title(cell), name, *(spread(ratios(cell["step"], stage, "full")) for stage in stages),
                              spread(ratios(cell["step"], name, stages[-1]))])
-    return table(["cell", "adapters", "as MACE trains", "backward to what trains", "and split messages", "floor",
-                  "step / floor"], rows)
+    return table(["cell", "adapters", "as MACE trains", "backward to what trains", "and split messages",
+                  "and contractions by element", "floor", "step / floor"], rows)
 
 
 def predictions(cells: list[dict], kind: str) -> str:

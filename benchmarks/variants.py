@@ -18,12 +18,14 @@ from torch_ema import ExponentialMovingAverage
 from mace_peft import PeftConfig, inject, merge, trainable_parameters
 from mace_peft.backward import backward_to
 from mace_peft.checkpoints import checkpoint_of
+from mace_peft.contractions import contract_by_element
 from mace_peft.injection import fold
 from mace_peft.messages import split_messages
 from mace_peft.targets import find_targets
 
 RANK = 16
 PLACEMENTS = ("products", "linears", "published")
+STAGES = ("as MACE", "to what trains", "split messages")
 ADAPTERS = [(method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS]
 
 
@@ -34,6 +36,7 @@ class Trainee:
     model: nn.Module
     averaged: list[nn.Parameter]
     restricted: bool  # the backward pass goes to what trains alone
+    by_element: bool  # and contractions are computed by element
     peft: bool = False
 
     def __post_init__(self):
@@ -47,7 +50,8 @@ class Trainee:
 
     def step(self, batch) -> float:
         """One step of MACE's training; returns its loss."""
-        with backward_to(lambda: self.trained) if self.restricted else contextlib.nullcontext():
+        with (backward_to(lambda: self.trained) if self.restricted else contextlib.nullcontext(),
+              contract_by_element() if self.by_element else contextlib.nullcontext()):
             loss, _ = take_step(
                 model=self.model, loss_fn=self.loss, batch=batch, optimizer=self.optimizer, ema=self.ema,
                 output_args={"forces": True, "virials": False, "stress": False}, max_grad_norm=10.0,
@@ -74,16 +78,17 @@ def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-def full(base: nn.Module, split: bool = False) -> Trainee:
+def full(base: nn.Module, cheap: bool = False) -> Trainee:
+    """As MACE trains it, or with cheaper messages and contractions."""
     model = copy.deepcopy(base)
-    model = split_messages(model) if split else model
-    return Trainee(model, list(model.parameters()), restricted=False)
+    model = split_messages(model) if cheap else model
+    return Trainee(model, list(model.parameters()), restricted=False, by_element=cheap)
 
 
 def lora(base: nn.Module) -> Trainee:
     """MACE's own ``--lora``: its optimizer and EMA hold the frozen parameters too."""
     model = inject_LoRAs(copy.deepcopy(base), rank=RANK, alpha=1.0).to(next(base.parameters()).device)
-    return Trainee(model, list(model.parameters()), restricted=False)
+    return Trainee(model, list(model.parameters()), restricted=False, by_element=False)
 
 
 def adapted(base: nn.Module, method: str, placement: str) -> nn.Module:
@@ -95,11 +100,13 @@ def adapted(base: nn.Module, method: str, placement: str) -> nn.Module:
     return model
 
 
-def peft(base: nn.Module, method: str, placement: str, restricted: bool = True, split: bool = True) -> Trainee:
-    """As ``mace_run_train --peft`` trains it, or without a part of what makes that cheap."""
+def peft(base: nn.Module, method: str, placement: str, levers: int = 3) -> Trainee:
+    """As ``mace_run_train --peft`` trains it, or with the first few of what makes that cheap: the backward pass to what
+    trains, split messages, contractions by element.
+    """
     model = adapted(base, method, placement)
-    model = split_messages(model) if split else model
-    return Trainee(model, list(trainable_parameters(model).values()), restricted, peft=True)
+    model = split_messages(model) if levers > 1 else model
+    return Trainee(model, list(trainable_parameters(model).values()), levers > 0, levers > 2, peft=True)
 
 
 def floor(base: nn.Module, placement: str) -> Trainee:
@@ -109,7 +116,7 @@ def floor(base: nn.Module, placement: str) -> Trainee:
         block = model.get_submodule(name)
         block.register_parameter("number", nn.Parameter(next(base.parameters()).new_zeros(())))
         block.register_forward_hook(lambda module, inputs, output: output + module.number)
-    return Trainee(model, [p for p in model.parameters() if p.requires_grad], restricted=True)
+    return Trainee(model, [p for p in model.parameters() if p.requires_grad], restricted=True, by_element=True)
 
 
 TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {
@@ -117,16 +124,14 @@ TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {
     "MACE LoRA": lora,
     **{f"{method} {placement}": lambda base, name=(method, placement): peft(base, *name)
        for method, placement in ADAPTERS},
-    **{f"{method} {placement}, as MACE": lambda base, name=(method, placement): peft(base, *name, False, False)
-       for method, placement in ADAPTERS if placement != "linears"},
-    **{f"{method} {placement}, to what trains": lambda base, name=(method, placement): peft(base, *name, split=False)
-       for method, placement in ADAPTERS if placement != "linears"},
-    "full, split messages": lambda base: full(base, split=True),
+    **{f"{method} {placement}, {stage}": lambda base, name=(method, placement), levers=levers: peft(base, *name, levers)
+       for method, placement in ADAPTERS if placement != "linears" for levers, stage in enumerate(STAGES)},
+    "full, cheaper": lambda base: full(base, cheap=True),
     **{f"floor {placement}": lambda base, placement=placement: floor(base, placement) for placement in PLACEMENTS},
 }
 
-# one part of what makes a step cheap, without the other
-LEVERS = [name for name in TRAINED if name.endswith((", as MACE", ", to what trains", ", split messages"))]
+# without all or a part of what makes a step cheap
+LEVERS = [name for name in TRAINED if ", " in name]
 
 PREDICTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "base": copy.deepcopy,
