@@ -19,7 +19,7 @@ from mace_peft import plugin
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ["fine-tune", "share", "deploy", "choose", "python"]  # the later use what the first leaves
-TABLES = {"compatibility", "performance", "results"}  # nothing in them to run; they have tests of their own
+TABLES = {"compatibility", "gains", "performance", "results"}  # nothing in them to run; they have tests of their own
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = {script.name: script.value for script in entry_points(group="console_scripts")
             if script.name.startswith("mace_")}

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mace.modules.symmetric_contraction import SymmetricContraction
 from releases import since
-from tiny import irreps_lists, randomise, tiny_mace
+from tiny import assert_close, batch, configurations, irreps_lists, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, inject, trainable_parameters
+from mace_peft import PeftConfig, PeftError, inject, merge, trainable_parameters
 from mace_peft.injection import remove_adapter
+from mace_peft.models import is_adapted
 from mace_peft.options import read_settings
 from mace_peft.scaled import SCALED, SCALED_LOW_RANK, Scaled
 
@@ -160,6 +161,24 @@ def test_the_count_of_everything():
     inject(model, STATIC)
     assert {name.rpartition(".")[2] for name in trainable_parameters(model)} == {"g"}
     assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) < 0.02 * base
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("interaction", ["RealAgnosticResidualInteractionBlock", "RealAgnosticDensityInteractionBlock"])
+def test_a_merged_model_predicts_the_same(method, interaction):
+    model = tiny_mace(later=interaction, max_L=2)
+    inject(model, PeftConfig(method, rank=2, gate="static", targets="all"))
+    randomise(model, scale=0.3)
+    structures = configurations(3, periodic=True)
+
+    def predictions():
+        output = model(batch(model, structures), compute_stress=True)
+        return [output[name].detach() for name in ("energy", "interaction_energy", "forces", "stress")]
+
+    expected = predictions()
+    merge(model)
+    assert not is_adapted(model)
+    assert_close(predictions(), expected, 1e-12)
 
 
 @pytest.mark.parametrize("option, value", [("peft_rank", "8"), ("peft_alpha", "2"), ("peft_init_std", "0.1")])
