@@ -24,10 +24,19 @@ METHODS: dict[str, dict] = {
     "mmea all": {"peft": "mmea", "peft_targets": "all"},
     "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
 }
+# beside static gains everywhere, one change at a time
+SMALL: dict[str, dict] = {
+    "static all": METHODS["static all"],
+    "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
+    "elora + static all": {"peft": "elora", "peft_targets": "all", "peft_gate": "static"},
+    "elora + static all + readouts": {"peft": "elora", "peft_targets": "all", "peft_gate": "static",
+                                      "peft_train_also": "readouts.*"},
+    "elora all": {"peft": "elora", "peft_targets": "all"},
+}
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
 ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see train.py
-METHODS.update({name: METHODS["mmea products"] for name in ABLATED})
+METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +51,13 @@ class Cell:
     rank: int = 16
     E0s: str = "estimated"
     seed: int = 1
+    budget: str | None = None  # of --peft_rank auto
 
     @property
     def key(self) -> str:
         method = self.method.replace(", ", "-").replace(" ", "_")
         return (f"{self.data}-{method}-lr{self.lr:g}-epochs{self.epochs}-train{self.train}-rank{self.rank}-"
-                f"{self.E0s}-seed{self.seed}")
+                f"{self.E0s}-seed{self.seed}{'' if self.budget is None else f'-budget{self.budget}'}")
 
     @property
     def folder(self) -> str:
@@ -81,7 +91,12 @@ class Cell:
             "max_num_epochs": self.epochs, "lr_factor": 0.8, "scheduler_patience": 5, "ema": True, "ema_decay": 0.995,
             "clip_grad": 100, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
             "error_table": "TotalMAE", "plot": "False", "restart_latest": True, **stage_two, **method,
-            **({"peft_rank": self.rank} if "peft" in method and "peft_gate" not in method else {})}
+            **self.rank_options(method)}
+
+    def rank_options(self, method: dict) -> dict:
+        if method.get("peft") is None or (method["peft"] == "mmea" and "peft_gate" in method):
+            return {}
+        return {"peft_rank": self.rank} if self.budget is None else {"peft_rank": "auto", "peft_budget": self.budget}
 
 
 def sweep(results: dict[str, dict], _) -> Iterator[Cell]:
@@ -111,6 +126,23 @@ def learning_rates(results: dict[str, dict]) -> dict[str, float]:
     return best | {name: best["mmea products"] for name in ABLATED if "mmea products" in best}
 
 
+def small(results: dict[str, dict], _) -> Iterator[Cell]:
+    """What static gains everywhere gain from a little more: on the validation set, as in the sweep."""
+    for method, lr in itertools.product(SMALL, (0.005, 0.02)):
+        for size in [{"rank": 1}, {"rank": 2}, {"budget": "5%"}] if method.startswith("elora") else [{}]:
+            yield Cell("ethanol", method, lr, epochs=SWEPT, **size)
+
+
+def chosen_ranks(results: dict[str, dict], rates: dict[str, float]) -> Iterator[Cell]:
+    """ELoRA of one rank everywhere, and with ranks that are chosen for as many parameters."""
+    for data, method, rank in itertools.product(("ethanol", "acac"), ("elora published",), (4, 8, 16, 32)):
+        if method in rates:
+            fixed = Cell(data, method, rates[method], rank=rank)
+            yield fixed
+            if fixed.key in results:
+                yield dataclasses.replace(fixed, rank=16, budget=str(results[fixed.key]["parameters"]))
+
+
 def grid(**axes) -> Callable[[dict, dict], Iterator[Cell]]:
     """Cells for every combination of the values, at the method's learning rate; none for a method without one."""
     def cells(_, rates: dict[str, float]) -> Iterator[Cell]:
@@ -129,5 +161,7 @@ EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
                   method=("foundation", "full", "elora products", "mmea products")),
     "ranks": grid(rank=(1, 2, 4, 8, 16, 32, 64), data=("ethanol",), method=("elora products", "mmea products")),
     "ablations": grid(data=("ethanol",), method=("mmea products", *ABLATED)),
+    "small": small,
+    "chosen": chosen_ranks,
     "E0s": grid(E0s=("average", "estimated"), data=("ethanol",), method=("full", "elora published", "mmea published")),
 }
