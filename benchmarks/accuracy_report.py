@@ -108,6 +108,37 @@ def ablated(found: Results) -> str:
     return table(["ethanol, MAE", "trained", "E", "F"], rows)
 
 
+def small_budget(found: Results) -> str:
+    """Each with the better of its learning rates."""
+    best: dict[str, Cell] = {}
+    for cell in found.cells("small"):
+        ranks = "" if not cell.method.startswith("elora") else f", rank {cell.rank}" if cell.budget is None else (
+            f", ranks chosen for {cell.budget}")
+        name = cell.method + ranks
+        if name not in best or validation(found.results[cell.key]) < validation(found.results[best[name].key]):
+            best[name] = cell
+    rows = []
+    for name, cell in best.items():
+        result = found.results[cell.key]
+        rows.append([name, f"{result['parameters']:,}", f"{cell.lr:g}",
+                     *(f"{1e3 * min(result['curve'][error]):.1f}" for error in ("mae_e", "mae_f"))])
+    return table(["ethanol, validation, MAE", "trained", "lr", "E", "F"], rows)
+
+
+def chosen(found: Results) -> str:
+    """ELoRA with one rank everywhere, and with chosen ranks for as many parameters."""
+    rows = []
+    cells = found.cells("chosen")
+    for cell in [cell for cell in cells if cell.budget is None]:
+        count = found.results[cell.key]["parameters"]
+        other = [one for one in cells if one.data == cell.data and one.budget == str(count)]
+        pairs = [(found.values([one], one.tests[-1], "mae_e")[0], found.values([one], one.tests[-1], "mae_f")[0])
+                 for one in (cell, *other)]
+        rows.append([cell.data, str(cell.rank), f"{count:,}", *(f"{value:.1f}" for pair in pairs for value in pair),
+                     *([f"{pairs[1][1] / pairs[0][1]:.3f}"] if other else ["", "", ""])])
+    return table(["MAE", "rank", "parameters", "E", "F", "chosen ranks: E", "F", "F, chosen / one rank"], rows)
+
+
 def comparison(found: Results, better: str, worse: str, error: str, data=MOLECULES, test: str = "test") -> str:
     """By how much the first is below the second: percent, averaged over the data sets that have both."""
     gains = []
@@ -185,6 +216,7 @@ def write_report(results: dict[str, dict]) -> None:
         "molecules": molecules(found), "acac": acac(found),
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
         "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE, by rank"),
+        "small": small_budget(found), "chosen": chosen(found),
         "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE, by training configurations"),
         "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE, by E0s")})
     for name, draw in {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}.items():

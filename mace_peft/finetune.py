@@ -21,9 +21,9 @@ from mace_peft.checkpoints import AdapterCheckpointHandler
 from mace_peft.config import PeftError, one_line
 from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.files import NO_ROOM, complete, one_line_errors
-from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les
+from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les, put_E0s_right
 from mace_peft.injection import eject, fold, freeze, trainability_kept
-from mace_peft.losses import FiniteLosses
+from mace_peft.losses import FiniteLosses, reach_all
 from mace_peft.messages import restore_messages, split_messages
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory
@@ -243,32 +243,3 @@ class FineTune:
         except PeftError as error:
             logging.error(f"No compiled model is written: {error}")
             raise
-
-
-def reach_all(model: nn.Module, inputs: tuple, output: dict) -> dict:
-    """The output, plus zero times all that trains: a loss of it reaches, for example, the shift of the energies that
-    ``--loss=forces_only`` misses.
-    """
-    nothing = 0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
-    return {name: value + nothing if value is not None and value.requires_grad else value
-            for name, value in output.items()}
-
-
-def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in_data: list[list[int]]) -> None:
-    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
-
-    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
-    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
-    take the E0 that is known of them.
-    """
-    held = model.atomic_energies_fn.atomic_energies
-    elements = model.atomic_numbers.tolist()
-    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
-    for row, present in enumerate(in_data):
-        for column, element in enumerate(elements):
-            if element not in present:
-                wanted[row, column] = known[element]
-    wanted = wanted.reshape(held.shape)
-    if not torch.equal(held, wanted):
-        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}")
-        held.copy_(wanted)

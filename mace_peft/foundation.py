@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
@@ -173,3 +174,23 @@ def default_dtype_of(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in_data: list[list[int]]) -> None:
+    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
+
+    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
+    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
+    take the E0 that is known of them.
+    """
+    held = model.atomic_energies_fn.atomic_energies
+    elements = model.atomic_numbers.tolist()
+    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
+    for row, present in enumerate(in_data):
+        for column, element in enumerate(elements):
+            if element not in present:
+                wanted[row, column] = known[element]
+    wanted = wanted.reshape(held.shape)
+    if not torch.equal(held, wanted):
+        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}")
+        held.copy_(wanted)

@@ -1,7 +1,7 @@
-"""Stops a fine-tune at its first loss that is not finite.
+"""The losses of a fine-tune: one that is not finite stops it, and across processes each reaches all that trains.
 
-MACE would train on to the last epoch, and take a validation loss of NaN for the lowest one: its checkpoint would
-replace the last good one.
+At a loss of NaN, MACE would train on to the last epoch, and take it for the lowest one on the validation set: its
+checkpoint would replace the last good one.
 """
 
 from __future__ import annotations
@@ -130,3 +130,12 @@ def not_finite(batch) -> list[str]:
     """The names of the batch's tensors that hold NaN or infinity."""
     return [name for name, value in batch.to_dict().items()
             if isinstance(value, torch.Tensor) and not torch.isfinite(value).all()]
+
+
+def reach_all(model: torch.nn.Module, inputs: tuple, output: dict) -> dict:
+    """The output, plus zero times all that trains: a loss of it reaches, for example, the shift of the energies that
+    ``--loss=forces_only`` misses.
+    """
+    nothing = 0 * sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
+    return {name: value + nothing if value is not None and value.requires_grad else value
+            for name, value in output.items()}

@@ -24,7 +24,7 @@ from tiny import batch, configurations, randomise
 from torch.nn.parallel import DistributedDataParallel
 
 from mace_peft import PeftConfig, eject, inject, trainable_parameters
-from mace_peft.finetune import reach_all
+from mace_peft.losses import reach_all
 
 PEFT = {"peft": "mmea", "peft_rank": 2}
 
