@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import logging
 import math
 import os
 
 import torch
-from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState
+from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState, get_tag
 
 from mace_peft.config import PeftConfig, PeftError, one_line
 from mace_peft.files import one_line_errors, write_complete
@@ -135,3 +136,22 @@ class CompleteCheckpointIO(CheckpointIO):
         if not self.keep and self.old_path not in (None, path) and not keep_last:
             os.remove(self.old_path)
         self.old_path = path
+
+
+def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | None:
+    """The settings with the ranks of the checkpoint that ``--restart_latest`` goes on from; None without such a one.
+
+    Raises PeftError if that checkpoint cannot be read.
+    """
+    if not args.restart_latest or not os.path.isdir(args.checkpoints_dir):
+        return None
+    paths = CompleteCheckpointIO(args.checkpoints_dir, get_tag(args.name, args.seed)).of_this_run()
+    if not paths:
+        return None
+    try:
+        made = PeftConfig(**torch.load(paths[-1], map_location="cpu", weights_only=False)["peft"])
+    except Exception as error:  # a damaged file fails in many ways
+        raise PeftError(f"the checkpoint {paths[-1]} has no ranks that can be read ({one_line(error)}): delete it to "
+                        "restart from the one before, or from the start") from None
+    chosen = dataclasses.replace(config, rank_pattern=made.rank_pattern) if made.rank == "auto" else None
+    return chosen if chosen == made else None  # other settings: whoever loads it says so

@@ -97,7 +97,14 @@ class PeftConfig:
     def options(self) -> str:
         """The settings as they are typed for ``mace_run_train``."""
         names = {"method": "--peft"}
-        values = {k: v for k, v in asdict(self).items() if v is not None and k != "rank_pattern"}
+        without = {"rank_pattern"}
+        if not self.has_rank:
+            without |= {"rank", "alpha"}
+        if self.method == "elora" or not self.has_rank:
+            without.add("init_std")
+        if self.method == "elora" and self.gate != "static":
+            without.add("gate")
+        values = {k: v for k, v in asdict(self).items() if v is not None and k not in without}
         return " ".join(f"{names.get(key, '--peft_' + key)}={value}" for key, value in values.items())
 
 

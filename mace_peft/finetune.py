@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mace_peft.backward import backward_to
-from mace_peft.checkpoints import AdapterCheckpointHandler
+from mace_peft.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.config import PeftError, one_line
 from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.files import NO_ROOM, complete, one_line_errors
@@ -157,7 +157,7 @@ class FineTune:
             put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
         if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
             look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
-            self.start.config = choose_ranks(model, self.start.config, look)
+            self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
         new = go_on(model, self.start.config, self.start.foundation, adapted)
         self.model = self.plain = split_messages(model)
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")

@@ -43,7 +43,7 @@ def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> st
     config, foundation = description["peft"], description["foundation"]
     settings = [f"rank {config['rank']}"] * PeftConfig(**config).has_rank
     if config["method"] == "elora":
-        settings.append(f"alpha {config['alpha']:g}")
+        settings.append(f"alpha {'as the rank' if config['alpha'] is None else format(config['alpha'], 'g')}")
     if config["method"] == "mmea" or config["gate"] == "static":
         settings.append(f"gate {config['gate']}")
     sizes: dict[str, int] = {}

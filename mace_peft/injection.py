@@ -152,6 +152,9 @@ def fold(model: nn.Module) -> nn.Module:
         return forget(model)
     if updates:
         config = dataclasses.replace(model.peft_config, targets=",".join(gates))
+        if config.rank_pattern is not None:
+            ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
+            config = dataclasses.replace(config, rank_pattern=ranks)
         settle(model, config, None)
     return model
 

@@ -47,11 +47,10 @@ class Recipe(NamedTuple):
     optimize_einsums: bool
 
 
-class SplitGatedMessages(GatedMessages):
+class SplitGatedMessages(GatedMessages, SplitProduct):
     """The same, of messages that are gated."""
 
     plain_forward = SplitProduct.forward
-    recipe = SplitProduct.recipe
 
 
 SPLIT = {o3.TensorProduct: SplitProduct, GatedMessages: SplitGatedMessages}

@@ -73,7 +73,9 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings and settings[name] != "auto":
             settings[name] = parse(name, settings[name], number)
-    PeftConfig(**{name: value for name, value in settings.items() if name != "adapter"})
+    # those of an adapter to start from are not known yet: a budget is one of rank auto
+    automatic = {"rank": "auto"} if "adapter" in settings and "budget" in settings else {}
+    PeftConfig(**automatic | {name: value for name, value in settings.items() if name != "adapter"})
     return settings
 
 

@@ -21,6 +21,7 @@ from mace_peft.config import PeftError, one_line
 from mace_peft.foundation import load_foundation
 from mace_peft.loading import load_adapter
 from mace_peft.measure import gain_statistics, gates_with_gains, static_gains, update_spectra
+from mace_peft.methods import MessageGate
 from mace_peft.models import adapted_blocks
 from mace_peft.scaled import Scaled, ScaledLowRank
 
@@ -38,6 +39,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     """
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
+    messages = [name for name, block in adapted_blocks(model) if isinstance(block.adapter, MessageGate)]
     updates, static = [any(isinstance(block, kind) for _, block in adapted_blocks(model))
                        for kind in ((LowRank, ScaledLowRank), Scaled)]
     if gains and structures is None:
@@ -45,9 +47,12 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     if structures is not None and not gains:
         raise PeftError(f"--structures {structures} has no effect on {adapter}, whose gains depend on no atoms: leave "
                         "it out")
+    if messages and not (gains or updates):
+        raise PeftError(f"{adapter} gates messages alone ({', '.join(messages)}), which have a gain for each path and "
+                        "are not drawn: draw an adapter that gates features too")
     figures = {}
     if gains:
-        figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
+        figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)), bool(messages))
     if static:
         figures["gains"] = draw_static_gains(static_gains(model))
     if updates or not (gains or static):
@@ -69,13 +74,17 @@ def read_structures(path: str) -> list[ase.Atoms]:
 
 
 @rc_context(STYLE)
-def draw_gains(statistics: dict) -> Figure:
-    """The gains of ``gain_statistics``: a panel per module, in it a box per irrep and element."""
+def draw_gains(statistics: dict, of_messages: bool = False) -> Figure:
+    """The gains of ``gain_statistics``: a panel per module, in it a box per irrep and element.
+
+    of_messages: say that the adapter has gains of messages too, which are not in there.
+    """
     peft, blocks, elements = statistics["peft"], statistics["blocks"], list(statistics["atoms"])
     slots = max(len(irreps) for irreps in blocks.values()) * (len(elements) + 1)
     figure, panels = grid(list(blocks), min(3, max(1, 48 // slots)), width=max(8, 0.2 * slots))
     figure.suptitle(f"{TITLES[peft['method']]}, rank {peft['rank']}, gate {peft['gate']}: gains at "
-                    f"{sum(statistics['atoms'].values()):,} atoms of {statistics['structures']:,} structures")
+                    f"{sum(statistics['atoms'].values()):,} atoms of {statistics['structures']:,} structures"
+                    + ("\nwithout those of messages" if of_messages else ""))
     figure.supylabel("gain (dimensionless)")
     shades = {element: str(0.95 - 0.4 * i / len(elements)) for i, element in enumerate(elements)}
     keys = [Patch(facecolor=shade, edgecolor="black", label=element) for element, shade in shades.items()]
@@ -128,7 +137,7 @@ def draw_updates(spectra: dict) -> Figure:
     figure.suptitle(f"{TITLES[peft['method']]}, rank {peft['rank']}: low-rank updates of the weights")
     figure.supylabel("singular value / norm of the weight\n(dimensionless)")
     figure.supxlabel("index of the singular value\n%: norm of the update / norm of the weight (Frobenius norms)")
-    drawn = []
+    drawn, widest = [], max(len(update["singular_values"]) for updates in units.values() for update in updates)
     for axes, updates in zip(panels, units.values(), strict=True):
         styles = zip(*map(itertools.cycle, ("os^Dvx*", ["-", "--", ":", "-."], ["0", "0.35", "0.6"])), strict=False)
         for update, (marker, line, shade) in zip(updates, styles, strict=False):
@@ -137,7 +146,7 @@ def draw_updates(spectra: dict) -> Figure:
             axes.plot(range(1, len(ratios) + 1), ratios, color=shade, linestyle=line, marker=marker, markersize=3,
                       linewidth=1, label=f"{update['weight']} ({100 * math.hypot(*ratios):.2g} %)".strip())
         axes.legend(loc="lower left")
-        axes.set_xlim(0.5, peft["rank"] + 0.5)
+        axes.set_xlim(0.5, widest + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.set_yscale("log")
         axes.grid(axis="y", color="0.85", linewidth=0.5)

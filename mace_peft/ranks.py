@@ -28,8 +28,7 @@ from mace_peft.models import adapted_blocks
 from mace_peft.scaled import ScaledLowRank
 from mace_peft.targets import find_targets
 
-WIDE = 32  # hidden channels of a gate whose gradients are looked at
-ROUNDING = 1e-9  # singular values below this share of the largest are none
+WIDE = 32  # hidden channels of a gate whose gradients are looked at, and the largest rank that it can get
 STRUCTURES = 256  # of the training set, at most
 
 
@@ -60,8 +59,9 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     """
     base = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_of(config, base)
-    with torch.random.fork_rng():  # what is made here is not what trains: the run's random numbers go on as before
-        torch.manual_seed(0)
+    # what is made here, on the CPU, is not what trains: the run's random numbers go on as before
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         candidates, spent = find_candidates(model, config, differentiate)
     while True:
         affordable = [c for c in candidates.values() if c.worth > 0 and spent + c.cost <= budget]
@@ -77,14 +77,22 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     ranks = {name: candidate.rank for name, candidate in candidates.items() if candidate.rank}
     logging.info(f"Ranks chosen for a budget of {config.budget} ({budget:,} parameters, {spent:,} used), by the "
                  f"singular values of the first gradients:\n{listing(candidates)}")
-    return dataclasses.replace(config, rank_pattern=ranks)
+    return dataclasses.replace(config, rank_pattern=of_first_process(ranks))
+
+
+def of_first_process(ranks: dict[str, int]) -> dict[str, int]:
+    """With ``--distributed`` all processes have come to ranks that could differ by rounding: those of the first."""
+    shared = [ranks]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
 
 
 def differentiate(args: Namespace, dataset: Sequence, loss: nn.Module, output_args: dict, model: nn.Module) -> None:
     """Add up the gradients of MACE's loss over the dataset, or an even part of it, in the model's parameters."""
     model.to(args.device)
     part = Subset(dataset, range(0, len(dataset), math.ceil(len(dataset) / STRUCTURES)))
-    for batch in DataLoader(part, batch_size=args.valid_batch_size, shuffle=False):
+    for batch in DataLoader(part, batch_size=min(args.batch_size, args.valid_batch_size), shuffle=False):
         batch = batch.to(args.device)
         output = model(batch.to_dict(), training=True, compute_force=output_args["forces"],
                        compute_virials=output_args["virials"], compute_stress=output_args["stress"])
@@ -134,11 +142,12 @@ def singular_values(name: str, block: Adapted) -> list[float]:
     if not all(gradient.isfinite().all() for gradient in found):
         raise PeftError(f"the gradient at {name} is not finite, so that no rank can be chosen: check the labels of the "
                         "training set")
-    values = [torch.linalg.svdvals(gradient.double()) for gradient in found]
-    summed = torch.zeros(max(map(len, values)), dtype=torch.float64)
-    for of_one in values:
-        summed[: len(of_one)] += of_one.cpu()
-    return torch.where(summed > ROUNDING * summed[0], summed, 0).tolist()
+    summed = torch.zeros(max(min(gradient.shape) for gradient in found), dtype=torch.float64)
+    for gradient in found:
+        values = torch.linalg.svdvals(gradient.cpu().double())  # mps has no doubles
+        rounding = max(gradient.shape) * torch.finfo(gradient.dtype).eps * values.max()
+        summed[: len(values)] += torch.where(values > rounding, values, 0)
+    return summed.tolist()
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mace_peft.adapted import GatedMessages
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import check, eject, inject
@@ -59,7 +60,11 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
                                 f"adapter {directory} was trained from: add --foundation_head {trained}")
     if not is_adapted(model):
         config = PeftConfig(**settings)
-        check(model, config)
+        targets = check(model, config)
+        gated = [name for name, kind in targets.items() if kind is GatedMessages]
+        if gated and args.enable_cueq:
+            raise PeftError(f"--peft_targets {config.targets!r} gates the messages of {gated[0]}, which has not been "
+                            "tried on cuEquivariance's layers: choose other targets, or leave out --enable_cueq")
         return Start(config, source)
     config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
     go_on(eject(copy.deepcopy(model)), config, source, model)
@@ -80,7 +85,14 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
     Raises PeftError for another value of one that shapes the adapters.
     """
     names = {"method": "--peft"}
+    useless = [] if adapter.rank == "auto" else ["budget"]
+    if not adapter.has_rank:
+        useless += ["rank", "alpha", "init_std"]
     for name in ("method", "rank", "budget", "alpha", "gate", "init_std"):
+        if name in given and name in useless:
+            has = f"the rank {adapter.rank}" if adapter.has_rank else "static gains alone"
+            raise PeftError(f"--peft_{name} {given[name]} has no effect on the adapter in {source}, which has {has}: "
+                            "leave it out")
         if name in given and given[name] != getattr(adapter, name):
             option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
             raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: give {held}, "

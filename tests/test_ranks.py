@@ -14,8 +14,10 @@ from runs import train_here
 from test_reload import assert_reloads
 from tiny import assert_equal, configurations, loaded, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, inject, merge, trainable_parameters
+from mace_peft import PeftConfig, PeftError, eject, inject, merge, save_adapter, trainable_parameters
+from mace_peft.info import info
 from mace_peft.options import read_settings
+from mace_peft.plot import plot
 from mace_peft.ranks import choose_ranks
 from mace_peft.start import settings_from
 
@@ -121,12 +123,40 @@ def test_a_run_chooses_says_why_and_keeps_the_choice(tmp_path, name, caplog, cap
     assert {module: int(rank) for module, rank in listed.items() if int(rank)} == ranks
 
 
-def test_a_restart_goes_on_with_the_same_ranks(tmp_path):
+def test_a_restart_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
+    """Those of the checkpoint, whatever would be chosen now; and with other settings it is refused as ever."""
     inputs = write_small(tmp_path)
     options = {"peft": "elora", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "20%"}
-    train_only(inputs, "whole", max_num_epochs=2, **options)
-    run, given = train_only(inputs, "whole", "--restart_latest", max_num_epochs=3, **options)
-    assert given["model"].peft_config.rank_pattern
+    _, given = train_only(inputs, "whole", max_num_epochs=2, **options)
+    monkeypatch.setattr("mace_peft.finetune.choose_ranks", None)
+    _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=3, **options)
+    assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
+    monkeypatch.undo()
+    # where there is no checkpoint yet, they are chosen
+    _, again = train_only(inputs, "other", "--restart_latest", max_num_epochs=1, **options)
+    assert again["model"].peft_config.rank_pattern
+
+
+def test_a_run_with_gates_and_updates_leaves_a_model_that_can_be_rebuilt(tmp_path):
+    """Updates are merged then, and the gates keep their ranks."""
+    inputs = write_small(tmp_path)
+    options = {"peft": "mmea", "peft_rank": "auto", "peft_targets": "published", "peft_budget": "40%"}
+    train_here(inputs, work_dir=tmp_path / "run", max_num_epochs=1, **options)
+    model = torch.load(tmp_path / "run" / "run.model", weights_only=False)
+    ranks = dict(model.peft_config.rank_pattern)
+    assert ranks and all(model.get_submodule(name).adapter.W1.shape[1] == rank for name, rank in ranks.items())
+    again = inject(eject(copy.deepcopy(model)), model.peft_config)
+    assert trainable_parameters(again).keys() == trainable_parameters(model).keys()
+
+
+@pytest.mark.parametrize("name", ["elora", "elora-static"])
+def test_what_was_chosen_is_told_and_drawn(tmp_path, name):
+    torch.save(tiny_mace(), tmp_path / "foundation.model")
+    model = randomise(inject(tiny_mace(), chosen(CASES[name])))
+    save_adapter(model, tmp_path / "some_adapter")
+    assert "rank auto, alpha as the rank" in info(tmp_path / "some_adapter")
+    drawn = plot(tmp_path / "some_adapter", str(tmp_path / "foundation.model"))
+    assert {path.name for path in drawn} >= {"some_adapter_updates.png"}
 
 
 def test_merged_ranks_of_all_sizes_give_the_same_predictions():
@@ -160,6 +190,21 @@ def test_what_does_not_fit_together_is_refused():
     other = chosen(CASES["elora"])
     assert "--peft_targets products" in fails(settings_from, other, {"targets": "products"}, "the file")
     assert "no target" in fails(inject, tiny_mace(interactions=1), other)
+
+
+def test_settings_of_an_adapter_to_start_from():
+    static, fixed, auto = PeftConfig("mmea", gate="static"), PeftConfig("elora", rank=2), chosen(CASES["elora"])
+    assert "which has static gains alone" in fails(settings_from, static, {"rank": 16}, "the file")
+    assert "which has the rank 2" in fails(settings_from, fixed, {"budget": "5%"}, "the file")
+    assert "differs from the 20%" in fails(settings_from, auto, {"budget": "5%"}, "the file")
+    assert settings_from(auto, {"budget": "20%"}, "the file") == auto
+    assert read_settings(Namespace(peft="elora", peft_adapter="here", peft_budget="20%"))["budget"] == "20%"
+
+
+@pytest.mark.parametrize("config", [*CASES.values(), PeftConfig("mmea", gate="static"), PeftConfig("elora", rank=2)])
+def test_settings_are_printed_as_they_are_typed(config):
+    typed = dict(option.removeprefix("--").split("=") for option in config.options().split())
+    assert PeftConfig(**read_settings(Namespace(**typed))) == config
 
 
 def test_labels_that_are_not_finite_are_refused():
