@@ -17,7 +17,7 @@ from tiny import assert_close, assert_equal, batch, configurations, loaded, pred
 from torch import fx
 from torch_ema import ExponentialMovingAverage
 
-from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft import PeftConfig, contractions, inject, trainable_parameters
 from mace_peft.backward import backward_to
 from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.messages import SplitProduct, cut_by_split, is_cut, restore_messages, split_code, split_messages
@@ -90,13 +90,13 @@ def test_contractions_of_every_family_are_the_same(name):
 
 @pytest.mark.parametrize("correlation", [1, 2, 3, 4])
 @pytest.mark.parametrize("irrep_out", ["0e", "1o", "2e"])
-def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out):
+def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkeypatch):
     """Values and derivatives of atoms in any order; of order 4 it is MACE's."""
     irreps = o3.Irreps("2x0e+2x1o+2x2e")
     contraction = Contraction(irreps, o3.Irreps(irrep_out), correlation, num_elements=4)
     torch.manual_seed(0)
-    x = torch.randn(5, 2, 9, requires_grad=True)
-    y = torch.eye(4)[[2, 0, 2, 1, 2]]  # an element without atoms
+    x = torch.randn(14, 2, 9, requires_grad=True)
+    y = torch.eye(4)[[2, 0, 2, 1, 2, 2, 2, 0, 2, 2, 2, 2, 2, 2]]  # an element without atoms
 
     def results():
         out = contraction(x, y)
@@ -104,9 +104,16 @@ def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out):
         weights = [weight for weight in contraction.parameters() if weight.requires_grad]
         return [out, force, *torch.autograd.grad(force.pow(2).sum(), [x, *weights], materialize_grads=True)]
 
+    def forbidden(*_):
+        raise RuntimeError
+
     expected = results()
     with contract_by_element():
+        if correlation < 4:
+            monkeypatch.setattr(contractions, "OF_MACE", forbidden)
         assert_close(results(), expected)
+        monkeypatch.undo()
+        assert_close([contraction(x[:5], y[:5])], [expected[0][:5]])  # of few atoms it is MACE's, too
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
