@@ -209,17 +209,21 @@ def draw_sizes(found: Results) -> plt.Figure:
 
 
 def write_report(results: dict[str, dict]) -> None:
-    """Put the tables between their marks in docs/results.md, and draw the figures."""
-    found = Results(results)
-    fill(DOCS / "results.md", {
+    """Put the tables between their marks in docs/results.md, and draw the figures, of those that the page has."""
+    found, page = Results(results), (DOCS / "results.md").read_text()
+    parts = {
         "versions": versions([result["environment"] for result in results.values()]),
         "molecules": molecules(found), "acac": acac(found),
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
         "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE, by rank"),
         "small": small_budget(found), "chosen": chosen(found),
         "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE, by training configurations"),
-        "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE, by E0s")})
-    for name, draw in {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}.items():
+        "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE, by E0s")}
+    fill(DOCS / "results.md", {name: part for name, part in parts.items() if f"<!-- {name} -->" in page})
+    drawn = {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}
+    for name, draw in drawn.items():
+        if f"accuracy_{name}.png" not in page:
+            continue
         figure = draw(found)
         figure.savefig(DOCS / "figures" / f"accuracy_{name}.png", dpi=110)
         plt.close(figure)

@@ -29,10 +29,14 @@ def benchmark(monkeypatch):
 
 @pytest.fixture
 def docs(benchmark, monkeypatch, tmp_path):
-    """A copy of the pages that reports are written to."""
+    """A folder with a page of all parts that a report writes."""
     folder = tmp_path / "docs"
     (folder / "figures").mkdir(parents=True)
-    shutil.copy(ROOT / "docs" / "results.md", folder)
+    parts = ("versions", "molecules", "acac", "claims", "forgetting", "rates", "sizes", "ranks", "small", "chosen",
+             "ablations", "E0s")
+    figures = [f"![](figures/accuracy_{name}.png)" for name in ("curves", "forgetting", "sizes")]
+    (folder / "results.md").write_text("\n".join([*(f"<!-- {part} -->\n\n<!-- end of {part} -->" for part in parts),
+                                                 *figures]))
     monkeypatch.setattr(benchmark("pages"), "DOCS", folder)
     return folder
 
@@ -138,7 +142,8 @@ def test_the_sweep_goes_on_until_the_best_is_between_others(benchmark):
 
 def test_cells_wait_for_their_learning_rate(benchmark):
     cells = benchmark("cells")
-    assert all(not list(cells.EXPERIMENTS[name]({}, {})) for name in cells.EXPERIMENTS if name != "sweep")
+    waiting = cells.EXPERIMENTS.keys() - {"sweep", "small"}
+    assert all(not list(cells.EXPERIMENTS[name]({}, {})) for name in waiting)
     main = list(cells.EXPERIMENTS["main"]({}, {"full": 0.001}))
     assert {(cell.method, cell.lr) for cell in main} == {("full", 0.001)} and len(main) == 15
     every = [cell.key for name in cells.EXPERIMENTS

@@ -78,8 +78,8 @@ def test_numbers_of_numpy_survive_json():
 
 def test_options_are_what_one_types():
     config = PeftConfig("elora", rank=3, targets="interactions.*")
-    assert config.options() == ("--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.* "
-                                "--peft_gate=exp --peft_init_std=0.0")
+    assert config.options() == "--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.*"
+    assert PeftConfig("mmea", gate="static").options() == "--peft=mmea --peft_targets=products --peft_gate=static"
 
 
 def test_settings_cannot_change():
