@@ -30,7 +30,7 @@ NUMBERS_OR_NONE = ([float], type(None))
 ORIGIN = {"name": TEXT_OR_NONE, "fingerprint": str}
 FIELDS = {
     "format": int,
-    "peft": {"method": str, "rank": (int, str), "alpha": (float, type(None)), "targets": str, "gate": str,
+    "peft": {"method": str, "rank": (int, "auto"), "alpha": (float, type(None)), "targets": str, "gate": str,
              "init_std": float, "train_also": TEXT_OR_NONE, "budget": TEXT_OR_NONE,
              "rank_pattern": ({str: int}, type(None))},
     "foundation": (ORIGIN, ORIGIN | {"head": TEXT_OR_NONE}),
@@ -190,9 +190,12 @@ def check_description(description: dict, path: Path, tensors: bytes) -> dict:
 
 
 def fits(value: object, kind: object) -> bool:
-    """Whether a JSON value is of the kind: a type; [kind], a list of such entries, not empty; {name: kind}, an object
-    of these fields; {str: kind}, one of any fields; or (kind, kind), either. Numbers have to be finite.
+    """Whether a JSON value is of the kind: a type; a text, that one; [kind], a list of such entries, not empty;
+    {name: kind}, an object of these fields; {str: kind}, one of any fields; or (kind, kind), either. Numbers have to be
+    finite.
     """
+    if isinstance(kind, str):
+        return value == kind
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
     if isinstance(kind, list):
