@@ -15,7 +15,7 @@ PACKAGES = ("mace-peft", "mace-torch", "e3nn", "torch", "cuequivariance-torch")
 
 def environment() -> dict:
     commit = git("rev-parse", "HEAD")
-    if git("diff", "HEAD", "--stat", "--", "mace_peft", "benchmarks"):  # not docs, which reports change
+    if git("diff", "HEAD", "--stat", "--", "mace_peft", "benchmarks", ":!benchmarks/results"):  # which a run changes
         commit += "-dirty"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {"commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
