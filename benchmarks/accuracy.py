@@ -105,7 +105,8 @@ def trained(cell: Cell, found: dict, said: str, folder: Path) -> int:
     if "peft" in METHODS[cell.method]:
         return int(re.search(r"Trainable: ([\d,]+) parameters", said)[1].replace(",", ""))
     if cell.method == "MACE LoRA":
-        return int(re.search(r"Model with LoRA has (\d+) trainable", said)[1])
+        before, after = re.findall(r"(?:Original model|Model with LoRA) has (\d+) trainable", said)
+        return int(after) - int(before)  # MACE counts the frozen base too
     return {"foundation": 0, "readouts": found["readouts"]}.get(cell.method, found["parameters"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 MOLECULES = ("ethanol", "malonaldehyde", "benzene", "aspirin")  # rMD17
 DATA = (*MOLECULES, "acac")
 PLACEMENTS = ("products", "linears", "published")
-LADDER = (0.0002, 0.001, 0.005, 0.02, 0.08)  # learning rates
+LADDER = (0.0002, 0.001, 0.005, 0.02, 0.08, 0.3)  # learning rates
 SWEPT, FINAL = 60, 200  # epochs of the sweep, and of everything else
 
 # what each method adds to the command
