@@ -27,6 +27,8 @@ METHODS: dict[str, dict] = {
 # beside static gains everywhere, one change at a time
 SMALL: dict[str, dict] = {
     "static all": METHODS["static all"],
+    "static all but E0s": {**METHODS["static all"],
+                           "peft_targets": "node_embedding,interactions.*,products.*,readouts.*"},
     "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
     "elora + static all": {"peft": "elora", "peft_targets": "all", "peft_gate": "static"},
     "elora + static all + readouts": {"peft": "elora", "peft_targets": "all", "peft_gate": "static",
@@ -129,7 +131,8 @@ def learning_rates(results: dict[str, dict]) -> dict[str, float]:
 def small(results: dict[str, dict], _) -> Iterator[Cell]:
     """What static gains everywhere gain from a little more: on the validation set, as in the sweep."""
     for method, lr in itertools.product(SMALL, (0.005, 0.02)):
-        for size in [{"rank": 1}, {"rank": 2}, {"budget": "5%"}] if method.startswith("elora") else [{}]:
+        sizes = [{"budget": "5%"}, {"rank": 1}, {"rank": 2}] if method.startswith("elora") else [{}]
+        for size in sizes[:3 if method == "elora + static all" else 1]:
             yield Cell("ethanol", method, lr, epochs=SWEPT, **size)
 
 

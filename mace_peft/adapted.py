@@ -141,14 +141,16 @@ class Updated(nn.Module):
 
     @contextlib.contextmanager
     def updated_weights(self):
-        base = [(*locate(self, name), update) for name, update in self.updates().items()]
+        updates = self.updates()
+        places = {name: locate(self, name) for name in updates}
+        base = {name: tensors[key] for name, (tensors, key) in places.items()}
         try:
-            for parameters, key, weight, update in base:
-                parameters[key] = weight + update
+            for name, (tensors, key) in places.items():
+                tensors[key] = base[name] + updates[name]
             yield
         finally:
-            for parameters, key, weight, _ in base:
-                parameters[key] = weight
+            for name, (tensors, key) in places.items():
+                tensors[key] = base[name]
 
 
 class Mergeable(Updated, Adapted):
@@ -158,7 +160,8 @@ class Mergeable(Updated, Adapted):
     def fold(self) -> None:
         """Add the updates to the weights for good."""
         for name, update in self.updates().items():
-            self.get_parameter(name).add_(update)
+            tensors, key = locate(self, name)
+            tensors[key].add_(update)
 
 
 class LowRank(Mergeable):
@@ -168,11 +171,11 @@ class LowRank(Mergeable):
         return self.adapter()
 
 
-def locate(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter], str, nn.Parameter]:
-    """The dictionary that holds the parameter of that dotted name, its key there, and the parameter."""
+def locate(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    """The dictionary that holds the parameter or buffer of that dotted name, and its key there."""
     owner, _, key = name.rpartition(".")
-    parameters = module.get_submodule(owner)._parameters
-    return parameters, key, parameters[key]
+    owner = module.get_submodule(owner)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key
 
 
 class LowRankLinear(LowRank, o3.Linear):

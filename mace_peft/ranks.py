@@ -25,7 +25,7 @@ from mace_peft.config import PeftConfig, PeftError
 from mace_peft.injection import inject
 from mace_peft.measure import matrices
 from mace_peft.models import adapted_blocks
-from mace_peft.scaled import ScaledLowRank
+from mace_peft.scaled import ScaledLowRank, ShiftedEnergies
 from mace_peft.targets import find_targets
 
 WIDE = 32  # hidden channels of a gate whose gradients are looked at, and the largest rank that it can get
@@ -105,14 +105,18 @@ def budget_of(config: PeftConfig, base: int) -> int:
 
 
 def find_candidates(model: nn.Module, config: PeftConfig, differentiate) -> tuple[dict[str, Candidate], int]:
-    """The candidates by module, and the parameters of the static gains that all of them have."""
+    """The candidates by module, and the parameters of static gains and shifts, which need no rank."""
     targets = find_targets(model, config)
-    probe = {name: probe_rank(kind, model.get_submodule(name)) for name, kind in targets.items()}
+    probe = {name: probe_rank(kind, model.get_submodule(name)) for name, kind in targets.items()
+             if kind is not ShiftedEnergies}
     probe_config = dataclasses.replace(config, rank_pattern=probe)
     adapted = inject(copy.deepcopy(model), probe_config).requires_grad_(True)
     differentiate(adapted)
     candidates, gains = {}, 0
     for name, block in adapted_blocks(adapted):
+        if name not in probe:
+            gains += sum(parameter.numel() for parameter in block.adapter.parameters())
+            continue
         of_gains = block.adapter.gains.g.numel() if isinstance(block, ScaledLowRank) else 0
         first, second = (size(targets[name], model.get_submodule(name), config, rank) for rank in (1, 2))
         candidates[name] = Candidate(singular_values(name, block), first - of_gains, second - first)

@@ -7,10 +7,11 @@ from torch import nn
 
 from mace_peft.adapted import Adapted, LowRank
 from mace_peft.models import adapted_blocks, trainable_parameters
-from mace_peft.scaled import Scaled, ScaledLowRank
+from mace_peft.scaled import Scaled, ScaledLowRank, ShiftedEnergies
 from mace_peft.targets import unit
 
-KINDS = {ScaledLowRank: "gains and low-rank update", Scaled: "gains", LowRank: "low-rank update", Adapted: "gate"}
+KINDS = {ScaledLowRank: "gains and low-rank update", Scaled: "gains", ShiftedEnergies: "shift",
+         LowRank: "low-rank update", Adapted: "gate"}
 
 
 def summary(model: nn.Module) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 from e3nn import o3
+from mace.modules.blocks import AtomicEnergiesBlock
 from mace.modules.symmetric_contraction import Contraction
 from torch import Tensor, nn
 
 from mace_peft.adapted import EMPTY, LOW_RANK, Mergeable, RadialLayer
 from mace_peft.config import PeftConfig
-from mace_peft.methods import ContractionGains, LinearGains, MatrixGains, ScaledUpdate, TensorProductGains
+from mace_peft.methods import ContractionGains, EnergyShift, LinearGains, MatrixGains, ScaledUpdate, TensorProductGains
 
 
 class Scaled(Mergeable):
@@ -62,7 +63,23 @@ class ScaledContraction(Scaled, Contraction):
         return ContractionGains(elements, channels, ["weights_max", *lower])
 
 
+class ShiftedEnergies(Mergeable, AtomicEnergiesBlock):
+    """The E0s, which gains alone could not follow: a shift in the place of a gain."""
+
+    @staticmethod
+    def make_adapter(block: AtomicEnergiesBlock, config: PeftConfig) -> EnergyShift:
+        return EnergyShift(block.atomic_energies.shape)
+
+    @staticmethod
+    def largest_rank(block: AtomicEnergiesBlock) -> int:
+        return 0
+
+    def updates(self) -> dict[str, Tensor]:
+        return self.adapter()
+
+
 SCALED = {
+    AtomicEnergiesBlock: ShiftedEnergies,
     o3.Linear: ScaledLinear,
     o3.FullyConnectedTensorProduct: ScaledTensorProduct,
     RadialLayer: ScaledLayer,
@@ -105,6 +122,7 @@ class ScaledLowRankContraction(ScaledLowRank, Contraction):
 
 
 SCALED_LOW_RANK = {
+    AtomicEnergiesBlock: ShiftedEnergies,
     o3.Linear: ScaledLowRankLinear,
     o3.FullyConnectedTensorProduct: ScaledLowRankTensorProduct,
     RadialLayer: ScaledLowRankLayer,

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 from e3nn import o3
-from mace.modules.blocks import EquivariantProductBasisBlock
+from mace.modules.blocks import AtomicEnergiesBlock, EquivariantProductBasisBlock
 from torch import nn
 
 from mace_peft.adapted import COMPOSITES, GATED, GATED_PRODUCTS, LOW_RANK
@@ -20,7 +20,7 @@ PLACEMENT_CLASSES = {
     "products": (EquivariantProductBasisBlock,),
     "linears": (o3.Linear,),
     "published": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
-    "all": (o3.Linear, o3.TensorProduct, *COMPOSITES),
+    "all": (o3.Linear, o3.TensorProduct, AtomicEnergiesBlock, *COMPOSITES),
 }
 
 
@@ -79,7 +79,7 @@ def adaptable_inside(model: nn.Module, adapted: dict[type, type], wanted: list[s
 
 
 def outermost(name: str, module: nn.Module, adapted: dict[type, type]) -> Iterator[str]:
-    if not any(parameter.numel() for parameter in module.parameters()) and not takes_weights(module):
+    if not any(parameter.numel() for parameter in module.parameters()) and not has_other_weights(module):
         return  # such as a linear layer between irreps that have none in common: it gives zeros
     if type(module) in adapted:
         yield name
@@ -88,9 +88,9 @@ def outermost(name: str, module: nn.Module, adapted: dict[type, type]) -> Iterat
             yield from outermost(f"{name}.{child}", submodule, adapted)
 
 
-def takes_weights(module: nn.Module) -> bool:
-    """Whether it is a tensor product whose weights come from outside: the messages' come from the radial MLP."""
-    return isinstance(module, o3.TensorProduct) and module.weight_numel > 0
+def has_other_weights(module: nn.Module) -> bool:
+    """Whether it has weights that are no parameters: those of messages come from the radial MLP; E0s are a buffer."""
+    return isinstance(module, AtomicEnergiesBlock) or (isinstance(module, o3.TensorProduct) and module.weight_numel > 0)
 
 
 def no_match(model: nn.Module, pattern: str, config: PeftConfig) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mace.modules.symmetric_contraction import SymmetricContraction
 from releases import since
-from tiny import assert_close, batch, configurations, irreps_lists, randomise, tiny_mace
+from tiny import assert_close, batch, configurations, irreps_lists, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject, merge, trainable_parameters
 from mace_peft.injection import remove_adapter
@@ -153,13 +153,28 @@ def test_gains_scale_a_weight_and_its_low_rank_update(correlation):
         same(part.get_parameter(name), g.exp().unsqueeze(1) * (weights[name] + lower))
 
 
+def test_E0s_are_shifted():
+    model, structures = tiny_mace(), configurations(2, "CH3OH") + configurations(1, "H2O")
+    energies, forces = predict(model, structures)
+    inject(model, PeftConfig("mmea", gate="static", targets="atomic_energies_fn"))
+    assert list(trainable_parameters(model)) == ["atomic_energies_fn.adapter.s"]
+    shift = dict(zip(model.atomic_numbers.tolist(), [0.5, -2.0, 3.0], strict=True))
+    with torch.no_grad():
+        model.atomic_energies_fn.adapter.s.copy_(torch.tensor(list(shift.values())))
+    expected = energies + torch.tensor([sum(shift[number] for number in atoms.numbers) for atoms in structures])
+    E0s = model.atomic_energies_fn.atomic_energies.clone()
+    for either in (model, merge(model)):
+        assert_close(predict(either, structures), (expected, forces), 1e-12)
+    same(model.atomic_energies_fn.atomic_energies, E0s + torch.tensor(list(shift.values())))
+
+
 def test_the_count_of_everything():
     """Three elements on the shape that the idea was first tried on: 1.6 % of the base."""
     paths = {"use_reduced_cg": False} if since("0.3.14") else {}  # 0.3.13 takes all
     model = tiny_mace(channels=64, max_ell=3, **paths)
     base = sum(parameter.numel() for parameter in model.parameters())
     inject(model, STATIC)
-    assert {name.rpartition(".")[2] for name in trainable_parameters(model)} == {"g"}
+    assert {name.rpartition(".")[2] for name in trainable_parameters(model)} == {"g", "s"}
     assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) < 0.02 * base
 
 

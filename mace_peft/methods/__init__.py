@@ -3,8 +3,16 @@
 import mace  # noqa: F401  before e3nn: it sets the environment variable that e3nn 0.4.4 needs with torch >= 2.6
 
 from mace_peft.methods.elora import ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
-from mace_peft.methods.gains import ContractionGains, Gains, LinearGains, MatrixGains, ScaledUpdate, TensorProductGains
+from mace_peft.methods.gains import (
+    ContractionGains,
+    EnergyShift,
+    Gains,
+    LinearGains,
+    MatrixGains,
+    ScaledUpdate,
+    TensorProductGains,
+)
 from mace_peft.methods.mmea import MMEA, MessageGate
 
-__all__ = ["MMEA", "ContractionGains", "ContractionUpdate", "Gains", "LinearGains", "LinearUpdate", "MatrixGains",
-           "MatrixUpdate", "MessageGate", "ScaledUpdate", "TensorProductGains", "TensorProductUpdate"]
+__all__ = ["MMEA", "ContractionGains", "ContractionUpdate", "EnergyShift", "Gains", "LinearGains", "LinearUpdate",
+           "MatrixGains", "MatrixUpdate", "MessageGate", "ScaledUpdate", "TensorProductGains", "TensorProductUpdate"]

@@ -100,6 +100,19 @@ class ContractionGains(Gains):
         return dict.fromkeys(self.names, self.g.unsqueeze(1))
 
 
+class EnergyShift(nn.Module):
+    """Of the atomic energies: a shift s in eV per head and element, 0 at the start. Gains move the total energy, and no
+    other weight could move it back.
+    """
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(*shape))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {"atomic_energies": self.s}
+
+
 class ScaledUpdate(nn.Module):
     """A low-rank update of ELoRA under gains: W <- exp(g) (W + (alpha / rank) A B)."""
 
