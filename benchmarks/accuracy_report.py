@@ -125,6 +125,17 @@ def small_budget(found: Results) -> str:
     return table(["ethanol, validation, MAE", "trained", "lr", "E", "F"], rows)
 
 
+def messages(found: Results) -> str:
+    """Force MAE on ethanol's validation set for each learning rate."""
+    cells = found.cells("messages")
+    rates = list(dict.fromkeys(cell.lr for cell in cells))
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        mine = [found.results[cell.key] for cell in cells if cell.method == method]
+        rows.append([method, f"{mine[0]['parameters']:,}", *(f"{1e3 * validation(result):.1f}" for result in mine)])
+    return table(["ethanol, validation, MAE F", "trained", *(f"lr {rate:g}" for rate in rates)], rows)
+
+
 def chosen(found: Results) -> str:
     """ELoRA with one rank everywhere, and with chosen ranks for as many parameters."""
     rows = []
@@ -217,6 +228,7 @@ def write_report(results: dict[str, dict]) -> None:
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
         "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE, by rank"),
         "small": small_budget(found), "chosen": chosen(found),
+        "messages": messages(found),
         "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE, by training configurations"),
         "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE, by E0s")}
     fill(DOCS / "results.md", {name: part for name, part in parts.items() if f"<!-- {name} -->" in page})

@@ -38,7 +38,14 @@ SMALL: dict[str, dict] = {
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
 ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see train.py
-METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL)
+MESSAGES: dict[str, dict] = {
+    "mmea all": METHODS["mmea all"],  # gates of messages see the atom that sends
+    "mmea all, receivers": METHODS["mmea all"],  # see train.py
+    "mmea all but messages": {
+        "peft": "mmea",
+        "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
+}
+METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +143,12 @@ def small(results: dict[str, dict], _) -> Iterator[Cell]:
             yield Cell("ethanol", method, lr, epochs=SWEPT, **size)
 
 
+def messages(results: dict[str, dict], _) -> Iterator[Cell]:
+    """MMEA's gates of messages, driven by either atom, or none: on the validation set, as in the sweep."""
+    for method, lr in itertools.product(MESSAGES, LADDER[1:4]):
+        yield Cell("ethanol", method, lr, epochs=SWEPT)
+
+
 def chosen_ranks(results: dict[str, dict], rates: dict[str, float]) -> Iterator[Cell]:
     """ELoRA of one rank everywhere, and with ranks that are chosen for as many parameters."""
     for data, method, rank in itertools.product(("ethanol", "acac"), ("elora published",), (4, 8, 16, 32)):
@@ -165,6 +178,7 @@ EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
     "ranks": grid(rank=(1, 2, 4, 8, 16, 32, 64), data=("ethanol",), method=("elora products", "mmea products")),
     "ablations": grid(data=("ethanol",), method=("mmea products", *ABLATED)),
     "small": small,
+    "messages": messages,
     "chosen": chosen_ranks,
     "E0s": grid(E0s=("average", "estimated"), data=("ethanol",), method=("full", "elora published", "mmea published")),
 }

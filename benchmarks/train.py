@@ -6,14 +6,18 @@ whole: as it is, but that contractions of every method are computed by element, 
 the time. The others hold back a part of MMEA's gate. static: the gain of a channel and the shift of a scalar are learnt
 constants. scalars: scalars are shifted, and nothing else is scaled. shared: one gain for all channels. What is held
 back stays where it starts, at a gain of 1 and no shift: its gradients are zero, and those of a shared gain are the same
-for every channel.
+for every channel. receivers: gates of messages see the scalars of the atom that receives, not of the one that sends.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
+from mace.modules import interaction_classes
+from torch import nn
 
 from mace_peft import run_train
+from mace_peft.adapted import GatedMessages
 from mace_peft.contractions import contract_by_element
 from mace_peft.methods.mmea import MMEA
 
@@ -31,6 +35,7 @@ HELD = {
     "static": {"W1": hold, "b1": hold, "W2": hold, "W0": hold},
     "scalars": {"W2": hold, "b2": hold},
     "shared": {"W2": share, "b2": share},
+    "receivers": {},
 }
 
 
@@ -43,6 +48,23 @@ def learnt(kind: str, adapter: dict[str, torch.Tensor]) -> int:
     return count
 
 
+def forward_by_receivers(self: GatedMessages, x, y, weight):
+    return self.plain_forward(x, y, self.adapter(self.received, weight))
+
+
+def keep_received(forward: Callable) -> Callable:
+    """The forward of an interaction, whose messages learn the features of the atoms that receive them."""
+    def wrapper(self: nn.Module, *args, **kwargs):
+        def keep(_, inputs, features: torch.Tensor) -> None:
+            self.conv_tp.received = features[kwargs["edge_index"][1]]
+
+        with self.linear_up.register_forward_hook(keep):
+            result = forward(self, *args, **kwargs)
+        del self.conv_tp.received  # the model can be copied
+        return result
+    return wrapper
+
+
 def main() -> None:
     kind = sys.argv.pop(1)
     initialise = MMEA.__init__
@@ -53,6 +75,10 @@ def main() -> None:
             getattr(self, name).register_hook(change)
 
     MMEA.__init__ = __init__
+    if kind == "receivers":
+        GatedMessages.forward = forward_by_receivers
+        for interaction in set(interaction_classes.values()):
+            interaction.forward = keep_received(interaction.forward)
     with contract_by_element():
         run_train.main()
 
