@@ -1,5 +1,6 @@
 """The accuracy benchmark: real cells on a small foundation, what it tries, and what it writes."""
 
+import copy
 import importlib
 import json
 import shutil
@@ -12,7 +13,10 @@ import pytest
 import torch
 from mace.cli import run_train
 from runs import write_inputs
-from tiny import configurations, predict, tiny_mace
+from tiny import batch, configurations, predict, randomise, tiny_mace
+
+from mace_peft import PeftConfig, inject
+from mace_peft.adapted import GatedMessages
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -118,6 +122,33 @@ def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
             assert torch.equal(gains, gains[:, :1].expand_as(gains)) and gains[:, 0].std() > 0
     counts = {"static": 5 + 4, "scalars": 4 * 2 + 2 + 2 * 4 + 4, "shared": 4 * 2 + 2 + 2 * 4 + 4 + 2 + 1}
     assert train.learnt(kind, gate.state_dict()) == counts[kind]
+
+
+def test_gates_of_messages_can_see_the_atom_that_receives(benchmark, monkeypatch):
+    train, seen = benchmark("train"), []
+    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="all")))
+    inputs = batch(model, configurations(2))
+    sender, receiver = inputs["edge_index"]
+
+    def look(gate, given):
+        seen.append(given[0])
+
+    def features_of_the_gates() -> list[torch.Tensor]:
+        seen.clear()
+        model(inputs)
+        return list(seen)
+
+    for interaction in model.interactions:
+        interaction.conv_tp.adapter.register_forward_pre_hook(look)
+    by_sender = features_of_the_gates()
+    monkeypatch.setattr(GatedMessages, "forward", train.forward_by_receivers)
+    for kind in {type(interaction) for interaction in model.interactions}:
+        monkeypatch.setattr(kind, "forward", train.keep_received(kind.forward))
+    by_receiver = features_of_the_gates()
+    atoms = by_sender[0].new_zeros(len(inputs["node_attrs"]), by_sender[0].shape[1])
+    atoms[sender] = by_sender[0]  # of the first layer, whose inputs no gate of messages has changed
+    assert torch.equal(by_receiver[0], atoms[receiver]) and not torch.equal(by_receiver[0], by_sender[0])
+    copy.deepcopy(model)
 
 
 def result(cells, cell, force: float) -> dict:
