@@ -63,7 +63,7 @@ def test_all_elements_of_the_foundation(inputs, tmp_path, case):
 
 
 @pytest.mark.parametrize("train_also", [None, "readouts.*"])
-@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "products")], ids="-".join)
+@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "products"), ("static", "all")], ids="-".join)
 def test_two_heads(inputs, tmp_path, case, train_also):
     heads = HEADS.format(inputs, E0S[FEWER_ELEMENTS], "{1: -0.9, 8: -3.1}")
     train_here(inputs, work_dir=tmp_path, heads=heads, peft_train_also=train_also, train_file=None, valid_file=None,
