@@ -16,7 +16,7 @@ STYLES = {"foundation": ("0.6", ":"), "scratch": ("0.6", "-"), "full": ("black",
           "MACE LoRA": ("black", "--"), "elora products": ("tab:blue", "-"), "elora linears": ("tab:blue", "--"),
           "elora published": ("tab:blue", ":"), "mmea products": ("tab:orange", "-"),
           "mmea linears": ("tab:orange", "--"), "mmea published": ("tab:orange", ":"),
-          "mmea all": ("tab:orange", "-."), "static all": ("tab:green", "-")}
+          "mmea all": ("tab:orange", "-."), "static all": ("tab:green", "-"), "small": ("tab:green", "--")}
 
 
 class Results:
@@ -112,15 +112,13 @@ def small_budget(found: Results) -> str:
     """Each with the better of its learning rates."""
     best: dict[str, Cell] = {}
     for cell in found.cells("small"):
-        ranks = "" if not cell.method.startswith("elora") else f", rank {cell.rank}" if cell.budget is None else (
-            f", ranks chosen for {cell.budget}")
-        name = cell.method + ranks
-        if name not in best or validation(found.results[cell.key]) < validation(found.results[best[name].key]):
-            best[name] = cell
+        if cell.method not in best or validation(found.results[cell.key]) < validation(
+                found.results[best[cell.method].key]):
+            best[cell.method] = cell
     rows = []
-    for name, cell in best.items():
+    for cell in best.values():
         result = found.results[cell.key]
-        rows.append([name, f"{result['parameters']:,}", f"{cell.lr:g}",
+        rows.append([cell.method, f"{result['parameters']:,}", f"{cell.lr:g}",
                      *(f"{1e3 * min(result['curve'][error]):.1f}" for error in ("mae_e", "mae_f"))])
     return table(["ethanol, validation, MAE", "trained", "lr", "E", "F"], rows)
 

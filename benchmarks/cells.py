@@ -23,17 +23,19 @@ METHODS: dict[str, dict] = {
        for placement in PLACEMENTS for method in ("elora", "mmea")},
     "mmea all": {"peft": "mmea", "peft_targets": "all"},
     "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
+    "small": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": "auto", "peft_budget": "5%"},
 }
-# beside static gains everywhere, one change at a time
+# around static gains everywhere, one change at a time
 SMALL: dict[str, dict] = {
-    "static all": METHODS["static all"],
     "static all but E0s": {**METHODS["static all"],
                            "peft_targets": "node_embedding,interactions.*,products.*,readouts.*"},
+    "static all": METHODS["static all"],
     "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
-    "elora + static all": {"peft": "elora", "peft_targets": "all", "peft_gate": "static"},
-    "elora + static all + readouts": {"peft": "elora", "peft_targets": "all", "peft_gate": "static",
-                                      "peft_train_also": "readouts.*"},
-    "elora all": {"peft": "elora", "peft_targets": "all"},
+    "static all + rank 1": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 1},
+    "static all + rank 2": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 2},
+    "small": METHODS["small"],
+    "small + readouts": {**METHODS["small"], "peft_train_also": "readouts.*"},
+    "small without gains": {"peft": "elora", "peft_targets": "all", "peft_rank": "auto", "peft_budget": "5%"},
 }
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
@@ -103,7 +105,7 @@ class Cell:
             **self.rank_options(method)}
 
     def rank_options(self, method: dict) -> dict:
-        if method.get("peft") is None or (method["peft"] == "mmea" and "peft_gate" in method):
+        if "peft" not in method or "peft_rank" in method or (method["peft"] == "mmea" and "peft_gate" in method):
             return {}
         return {"peft_rank": self.rank} if self.budget is None else {"peft_rank": "auto", "peft_budget": self.budget}
 
@@ -137,10 +139,8 @@ def learning_rates(results: dict[str, dict]) -> dict[str, float]:
 
 def small(results: dict[str, dict], _) -> Iterator[Cell]:
     """What static gains everywhere gain from a little more: on the validation set, as in the sweep."""
-    for method, lr in itertools.product(SMALL, (0.005, 0.02)):
-        sizes = [{"budget": "5%"}, {"rank": 1}, {"rank": 2}] if method.startswith("elora") else [{}]
-        for size in sizes[:3 if method == "elora + static all" else 1]:
-            yield Cell("ethanol", method, lr, epochs=SWEPT, **size)
+    for method, lr in itertools.product(SMALL, LADDER[2:4]):
+        yield Cell("ethanol", method, lr, epochs=SWEPT)
 
 
 def messages(results: dict[str, dict], _) -> Iterator[Cell]:
