@@ -24,7 +24,7 @@ METHODS: dict[str, dict] = {
        for placement in PLACEMENTS for method in ("elora", "mmea")},
     "mmea all": {"peft": "mmea", "peft_targets": "all"},
     "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
-    "small": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": "auto", "peft_budget": "5%"},
+    "small": {"peft": "small"},
 }
 # around static gains everywhere, one change at a time
 SMALL: dict[str, dict] = {
@@ -106,7 +106,8 @@ class Cell:
             **self.rank_options(method)}
 
     def rank_options(self, method: dict) -> dict:
-        if "peft" not in method or "peft_rank" in method or (method["peft"] == "mmea" and "peft_gate" in method):
+        peft = method.get("peft")
+        if peft in (None, "small") or "peft_rank" in method or (peft == "mmea" and "peft_gate" in method):
             return {}
         return {"peft_rank": self.rank} if self.budget is None else {"peft_rank": "auto", "peft_budget": self.budget}
 

@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from mace_peft.config import PeftConfig, PeftError
+from mace_peft.config import METHODS, PeftConfig, PeftError, check_choice
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
 OPTIONS = {
-    "peft": "train adapters instead of the whole model: mmea or elora",
+    "peft": "train adapters instead of the whole model: mmea, elora, or small, the best of them for few parameters",
     "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: 16)",
     "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
     "peft_alpha": "updates of weights are scaled by alpha / rank (default: the rank)",
@@ -29,6 +29,8 @@ OPTIONS = {
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
 }
 
+# --peft small: what did best with 5 % of the base's parameters (docs/results.md); each can be given otherwise
+SMALL = {"peft": "elora", "peft_gate": "static", "peft_targets": "all", "peft_rank": "auto"}
 # options of MACE that cannot go with --peft, and why
 CONFLICTS = {
     "lora": "it is MACE's own adapter: leave out --lora or --peft",
@@ -60,6 +62,9 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     if "peft" not in given:
         name, value = next(iter(given.items()))
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
+    check_choice("--peft", given["peft"], (*METHODS, "small"))
+    if given["peft"] == "small":
+        given |= {name: value for name, value in SMALL.items() if name == "peft" or name not in given}
     static = given.get("peft_gate") == "static"
     for name in ("peft_gate", "peft_init_std"):
         if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):

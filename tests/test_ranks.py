@@ -113,8 +113,8 @@ def test_a_larger_gradient_comes_first():
 def test_a_run_chooses_says_why_and_keeps_the_choice(tmp_path, name, caplog, capsys):
     inputs, config = write_small(tmp_path), CASES[name]
     options = {"peft": config.method, "peft_targets": "all", "peft_rank": "auto", "peft_budget": config.budget}
-    if config.gate == "static":
-        options["peft_gate"] = "static"
+    if name == "elora-static":  # the same by its name
+        options = {"peft": "small", "peft_budget": config.budget}
     train_here(inputs, work_dir=tmp_path / "run", max_num_epochs=1, **options)
     said = capsys.readouterr().out + caplog.text
     assert f"Ranks chosen for a budget of {config.budget}" in said and "kept of the gradient" in said
@@ -206,6 +206,18 @@ def test_settings_of_an_adapter_to_start_from():
 def test_settings_are_printed_as_they_are_typed(config):
     typed = dict(option.removeprefix("--").split("=") for option in config.options().split())
     assert PeftConfig(**read_settings(Namespace(**typed))) == config
+
+
+def test_small_is_a_name_for_four_settings():
+    def settings(**options):
+        return PeftConfig(**read_settings(Namespace(peft="small", **options)))
+
+    small = PeftConfig("elora", rank="auto", targets="all", gate="static", budget="5%")
+    assert settings() == small
+    other = settings(peft_budget="2%", peft_targets="linears")
+    assert other == dataclasses.replace(small, budget="2%", targets="linears")
+    assert settings(peft_rank="4") == PeftConfig("elora", rank=4, targets="all", gate="static")
+    assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
 
 
 def test_labels_that_are_not_finite_are_refused():
