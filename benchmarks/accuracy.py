@@ -127,7 +127,7 @@ def pending(results: dict[str, dict], args) -> list[Cell]:
     rates = learning_rates(results)
     cells = {cell.key: cell for name in args.experiments for cell in EXPERIMENTS[name](results, rates)}
     if args.only:
-        return [cell for key, cell in cells.items() if fnmatch.fnmatchcase(key, args.only)]
+        return [cell for key, cell in cells.items() if any(fnmatch.fnmatchcase(key, only) for only in args.only)]
     return [cell for key, cell in cells.items() if key not in results]
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("accuracy_runs"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    parser.add_argument("--only", metavar="GLOB")
+    parser.add_argument("--only", nargs="+", metavar="GLOB")
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--list", action="store_true")
