@@ -118,6 +118,12 @@ def curve(folder: Path) -> dict[str, list[float]]:
     return {name: [float(f"{epochs[epoch][name]:.4g}") for epoch in sorted(epochs)] for name in ("mae_e", "mae_f")}
 
 
+def one_line_each(results: dict[str, dict]) -> str:
+    """As JSON, with a line for each cell."""
+    lines = [f"{json.dumps(key)}: {json.dumps(result)}" for key, result in results.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def rounded(errors: dict[str, float]) -> dict[str, float]:
     return {name: value if name == "count" else float(f"{value:.5g}") for name, value in errors.items()}
 
@@ -153,7 +159,7 @@ def run_all(args, results: dict[str, dict]) -> list[str]:
                     progress.write(failed[-1])
                 progress.update()
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(results, indent=1) + "\n")
+                args.out.write_text(one_line_each(results))
 
 
 def main() -> None:

@@ -26,7 +26,9 @@ def fill(page: Path, parts: dict[str, str]) -> None:
 
 
 def versions(environments: list[dict]) -> str:
-    """Where it was measured, a line for each commit and machine."""
-    lines = [f"Commit {found['commit']}; {found['machine']}; " + ", ".join(
-        f"{package} {version}" for package, version in found["versions"].items()) + "." for found in environments]
-    return "\n".join(dict.fromkeys(lines))
+    """Where it was measured, a line for each machine and set of packages, with the commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for found in environments:
+        packages = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+        commits.setdefault(f"{found['machine']}; {packages}.", {})[found["commit"]] = None
+    return "\n".join(f"Commit {', '.join(names)}; {where}" for where, names in commits.items())
