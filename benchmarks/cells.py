@@ -42,8 +42,8 @@ COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
 ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see train.py
 MESSAGES: dict[str, dict] = {
-    "mmea all": METHODS["mmea all"],  # gates of messages see the atom that sends
-    "mmea all, receivers": METHODS["mmea all"],  # see train.py
+    "mmea all": METHODS["mmea all"],  # gates of messages see the atom that receives
+    "mmea all, senders": METHODS["mmea all"],  # see train.py
     "mmea all but messages": {
         "peft": "mmea",
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},

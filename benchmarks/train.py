@@ -6,18 +6,16 @@ whole: as it is, but that contractions of every method are computed by element, 
 the time. The others hold back a part of MMEA's gate. static: the gain of a channel and the shift of a scalar are learnt
 constants. scalars: scalars are shifted, and nothing else is scaled. shared: one gain for all channels. What is held
 back stays where it starts, at a gain of 1 and no shift: its gradients are zero, and those of a shared gain are the same
-for every channel. receivers: gates of messages see the scalars of the atom that receives, not of the one that sends.
+for every channel. senders: gates of messages see the scalars of the atom that sends, not of the one that receives.
 """
 
 import sys
-from collections.abc import Callable
 
 import torch
-from mace.modules import interaction_classes
-from torch import nn
+from e3nn import o3
 
-from mace_peft import run_train
-from mace_peft.adapted import GatedMessages
+from mace_peft import PeftConfig, run_train
+from mace_peft.adapted import GATED_PRODUCTS, Adapted, renamed
 from mace_peft.contractions import contract_by_element
 from mace_peft.methods.mmea import MMEA
 
@@ -35,7 +33,7 @@ HELD = {
     "static": {"W1": hold, "b1": hold, "W2": hold, "W0": hold},
     "scalars": {"W2": hold, "b2": hold},
     "shared": {"W2": share, "b2": share},
-    "receivers": {},
+    "senders": {},
 }
 
 
@@ -48,21 +46,21 @@ def learnt(kind: str, adapter: dict[str, torch.Tensor]) -> int:
     return count
 
 
-def forward_by_receivers(self: GatedMessages, x, y, weight):
-    return self.plain_forward(x, y, self.adapter(self.received, weight))
+class GatedBySenders(Adapted, o3.TensorProduct):
+    """Convolution whose weights, one for each path and channel of a message, take the gate as channels of 0o would."""
 
+    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
 
-def keep_received(forward: Callable) -> Callable:
-    """The forward of an interaction, whose messages learn the features of the atoms that receive them."""
-    def wrapper(self: nn.Module, *args, **kwargs):
-        def keep(_, inputs, features: torch.Tensor) -> None:
-            self.conv_tp.received = features[kwargs["edge_index"][1]]
+    @staticmethod
+    def make_adapter(block: o3.TensorProduct, config: PeftConfig) -> MMEA:
+        return MMEA(block.irreps_in1, f"{block.weight_numel}x0o", config.rank, config.gate)
 
-        with self.linear_up.register_forward_hook(keep):
-            result = forward(self, *args, **kwargs)
-        del self.conv_tp.received  # the model can be copied
-        return result
-    return wrapper
+    @staticmethod
+    def largest_rank(block: o3.TensorProduct) -> int:
+        return block.irreps_in1.count("0e")
+
+    def forward(self, x, y, weight: torch.Tensor):
+        return self.plain_forward(x, y, self.adapter(x, weight))
 
 
 def main() -> None:
@@ -75,10 +73,8 @@ def main() -> None:
             getattr(self, name).register_hook(change)
 
     MMEA.__init__ = __init__
-    if kind == "receivers":
-        GatedMessages.forward = forward_by_receivers
-        for interaction in set(interaction_classes.values()):
-            interaction.forward = keep_received(interaction.forward)
+    if kind == "senders":
+        GATED_PRODUCTS[o3.TensorProduct] = GatedBySenders
     with contract_by_element():
         run_train.main()
 

@@ -28,9 +28,10 @@ from mace_peft.adapted import (
     LowRankLinear,
     LowRankTensorProduct,
     Updated,
+    gates,
 )
 from mace_peft.config import PeftError, one_line
-from mace_peft.methods import MMEA, Gains, ScaledUpdate
+from mace_peft.methods import Gains, ScaledUpdate
 from mace_peft.models import adapted_blocks, adapted_class, trainable_parameters
 from mace_peft.scaled import (
     Scaled,
@@ -48,6 +49,14 @@ class CueGatedLinear(Adapted, cuet.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.adapter(features, super().forward(features))
+
+
+class CueGatedMessages(Adapted, cuet.Linear):
+    """``GatedMessages`` with cuEquivariance's layer."""
+
+    def forward(self, messages: Tensor) -> Tensor:
+        messages = self.adapter["messages"](messages, messages)
+        return self.adapter["output"](messages, super().forward(messages))
 
 
 class CueGatedTensorProduct(Adapted, cuet.FullyConnectedTensorProduct):
@@ -120,6 +129,7 @@ class Contraction(Adapted):
 
 CLASSES = {
     GatedLinear: CueGatedLinear,
+    GatedMessages: CueGatedMessages,
     GatedTensorProduct: CueGatedTensorProduct,
     LowRankLinear: CueLowRankLinear,
     LowRankTensorProduct: CueLowRankTensorProduct,
@@ -162,12 +172,10 @@ def carry_over(model: nn.Module, base: nn.Module, accelerated: nn.Module) -> Non
             carry_contraction(adapter, int(index), base.get_submodule(owner), accelerated.get_submodule(owner))
             continue
         target = accelerated.get_submodule(name)
-        if isinstance(adapter, MMEA) and type(target) is not o3.Linear:  # of which PolarMACE keeps some
-            adapter.set_layout(layout)
-        if isinstance(block, GatedMessages):
-            raise PeftError(f"{name} is gated, and gates of messages have not been tried on cuEquivariance's layers: "
-                            "choose --peft_targets without it, or leave out --enable_cueq")
         target.adapter = adapter
+        if type(target) is not o3.Linear:  # of which PolarMACE keeps some
+            for gate in gates(target).values():
+                gate.set_layout(layout)
         same = type(target) is type(block).__bases__[-1]
         target.__class__ = type(block) if same else CLASSES[type(block)]
     accelerated.peft_originals = dict.fromkeys(model.peft_originals)

@@ -23,7 +23,7 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from torch import Tensor, nn
 
 from mace_peft.config import PeftConfig
-from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate, MessageGate, TensorProductUpdate
+from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
 
 RadialLayer = type(e3nn_nn.FullyConnectedNet([1, 1])[0])
 # modules that are one thing to a user, though their parts are adapted one by one
@@ -102,21 +102,34 @@ class GatedTensorProduct(Adapted, o3.FullyConnectedTensorProduct):
         return self.adapter(x, self.plain_forward(x, y, weight))
 
 
-class GatedMessages(Adapted, o3.TensorProduct):
-    """Convolution of features with spherical harmonics, whose weights (one per path and channel) take the gate."""
+class GatedMessages(Adapted, o3.Linear):
+    """Linear layer that takes the sum of the messages to an atom, with a gate of its own for them.
 
-    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
+    A gain for each path and channel that depends on the atom that receives is the same for all messages to it: so their
+    sum takes it, and its scalars drive it.
+    """
+
+    plain_forward = renamed(o3.Linear.forward, "plain_forward")
 
     @staticmethod
-    def make_adapter(block: o3.TensorProduct, config: PeftConfig) -> MessageGate:
-        return MessageGate(block.irreps_in1, block.weight_numel, config.rank, config.gate)
+    def make_adapter(block: o3.Linear, config: PeftConfig) -> nn.ModuleDict:
+        messages = MMEA(block.irreps_in, block.irreps_in, config.rank, config.gate, config.init_std)
+        return nn.ModuleDict({"messages": messages, "output": GatedLinear.make_adapter(block, config)})
 
     @staticmethod
-    def largest_rank(block: o3.TensorProduct) -> int:
-        return widest(block.irreps_in1)
+    def largest_rank(block: o3.Linear) -> int:
+        return GatedLinear.largest_rank(block)
 
-    def forward(self, x, y, weight: Tensor):
-        return self.plain_forward(x, y, self.adapter(x, weight))
+    def forward(self, messages, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None):  # noqa: UP045
+        messages = self.adapter["messages"](messages, messages)
+        return self.adapter["output"](messages, self.plain_forward(messages, weight, bias))
+
+
+def gates(block: Adapted) -> dict[str, MMEA]:
+    """The block's gates, by what they gate: ``messages``, or its ``output``."""
+    if isinstance(block.adapter, MMEA):
+        return {"output": block.adapter}
+    return dict(block.adapter.items()) if isinstance(block.adapter, nn.ModuleDict) else {}
 
 
 def widest(irreps: o3.Irreps) -> int:

@@ -18,7 +18,7 @@ from mace.tools import AtomicNumberTable, torch_geometric
 from torch import Tensor, nn
 from tqdm import trange
 
-from mace_peft.adapted import LowRank
+from mace_peft.adapted import LowRank, gates
 from mace_peft.config import PeftError
 from mace_peft.foundation import default_dtype_of, symbols
 from mace_peft.methods import MMEA, ContractionUpdate, LinearUpdate, MatrixUpdate
@@ -67,8 +67,8 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
 
 def gates_with_gains(model: nn.Module) -> dict[MMEA, str]:
     """The gates of an adapted model that have gains, and the names of their modules."""
-    return {block.adapter: name for name, block in adapted_blocks(model)
-            if isinstance(block.adapter, MMEA) and block.adapter.b2.numel()}
+    return {gate: f"{name}, messages" if kind == "messages" else name for name, block in adapted_blocks(model)
+            for kind, gate in gates(block).items() if gate.b2.numel()}
 
 
 def check_structures(model: nn.Module, structures: list[Atoms]) -> None:

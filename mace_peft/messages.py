@@ -20,8 +20,6 @@ from e3nn.o3._tensor_product._codegen import codegen_tensor_product_left_right
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from mace_peft.adapted import GatedMessages
-
 
 class SplitProduct(o3.TensorProduct):
     """For training: TorchScript and files take the class that it was."""
@@ -47,27 +45,21 @@ class Recipe(NamedTuple):
     optimize_einsums: bool
 
 
-class SplitGatedMessages(GatedMessages, SplitProduct):
-    """The same, of messages that are gated."""
-
-    plain_forward = SplitProduct.forward
-
-
-SPLIT = {o3.TensorProduct: SplitProduct, GatedMessages: SplitGatedMessages}
-PLAIN = {split: plain for plain, split in SPLIT.items()}
 
 
 def split_messages(model: nn.Module) -> nn.Module:
     """Give the messages of the model the cheaper product. Those of accelerated backends stay. Returns the model."""
     for module in model.modules():
-        module.__class__ = SPLIT.get(type(module), type(module))
+        if type(module) is o3.TensorProduct:
+            module.__class__ = SplitProduct
     return model
 
 
 def restore_messages(model: nn.Module) -> nn.Module:
     """Give them e3nn's own product again. Returns the model."""
     for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
+        if type(module) is SplitProduct:
+            module.__class__ = o3.TensorProduct
     return model
 
 

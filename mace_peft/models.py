@@ -99,7 +99,7 @@ def add_adapters(model: nn.Module, targets: dict[str, type], config: PeftConfig)
     """Give each target (``find_targets``) its adapter, in the dtype and on the device of the block."""
     for name, adapted in targets.items():
         block = model.get_submodule(name)
-        weight = next(iter([*block.parameters(), *model.parameters()]))  # messages have their weights from elsewhere
+        weight = next(iter([*block.parameters(), *model.parameters()]))  # E0s are a buffer
         block.adapter = adapted.make_adapter(block, config.of_module(name)).to(weight.device, weight.dtype)
         block.__class__ = adapted
 

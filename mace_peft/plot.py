@@ -21,7 +21,6 @@ from mace_peft.config import PeftError, one_line
 from mace_peft.foundation import load_foundation
 from mace_peft.loading import load_adapter
 from mace_peft.measure import gain_statistics, gates_with_gains, static_gains, update_spectra
-from mace_peft.methods import MessageGate
 from mace_peft.models import adapted_blocks
 from mace_peft.scaled import Scaled, ScaledLowRank
 
@@ -39,7 +38,6 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     """
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
-    messages = [name for name, block in adapted_blocks(model) if isinstance(block.adapter, MessageGate)]
     updates, static = [any(isinstance(block, kind) for _, block in adapted_blocks(model))
                        for kind in ((LowRank, ScaledLowRank), Scaled)]
     if gains and structures is None:
@@ -47,12 +45,9 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     if structures is not None and not gains:
         raise PeftError(f"--structures {structures} has no effect on {adapter}, whose gains depend on no atoms: leave "
                         "it out")
-    if messages and not (gains or updates):
-        raise PeftError(f"{adapter} gates messages alone ({', '.join(messages)}), which have a gain for each path and "
-                        "are not drawn: draw an adapter that gates features too")
     figures = {}
     if gains:
-        figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)), bool(messages))
+        figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
     if static:
         figures["gains"] = draw_static_gains(static_gains(model))
     if updates or not (gains or static):
@@ -74,17 +69,13 @@ def read_structures(path: str) -> list[ase.Atoms]:
 
 
 @rc_context(STYLE)
-def draw_gains(statistics: dict, of_messages: bool = False) -> Figure:
-    """The gains of ``gain_statistics``: a panel per module, in it a box per irrep and element.
-
-    of_messages: say that the adapter has gains of messages too, which are not in there.
-    """
+def draw_gains(statistics: dict) -> Figure:
+    """The gains of ``gain_statistics``: a panel per module, in it a box per irrep and element."""
     peft, blocks, elements = statistics["peft"], statistics["blocks"], list(statistics["atoms"])
     slots = max(len(irreps) for irreps in blocks.values()) * (len(elements) + 1)
     figure, panels = grid(list(blocks), min(3, max(1, 48 // slots)), width=max(8, 0.2 * slots))
     figure.suptitle(f"{TITLES[peft['method']]}, rank {peft['rank']}, gate {peft['gate']}: gains at "
-                    f"{sum(statistics['atoms'].values()):,} atoms of {statistics['structures']:,} structures"
-                    + ("\nwithout those of messages" if of_messages else ""))
+                    f"{sum(statistics['atoms'].values()):,} atoms of {statistics['structures']:,} structures")
     figure.supylabel("gain (dimensionless)")
     shades = {element: str(0.95 - 0.4 * i / len(elements)) for i, element in enumerate(elements)}
     keys = [Patch(facecolor=shade, edgecolor="black", label=element) for element, shade in shades.items()]

@@ -20,7 +20,7 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from mace_peft.adapted import Adapted, LowRank
+from mace_peft.adapted import Adapted, LowRank, gates
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.injection import inject
 from mace_peft.measure import matrices
@@ -141,8 +141,7 @@ def singular_values(name: str, block: Adapted) -> list[float]:
                      if not key.startswith("adapter.")}
         found = [gradient for _, gradient in matrices(block, gradients)]
     else:
-        gate = block.adapter
-        found = [torch.cat([gradient_of(getattr(gate, key)) for key in ("W2", "W0") if hasattr(gate, key)], -1)]
+        found = [torch.cat([gradient_of(gate.W2), gradient_of(gate.W0)], -1) for gate in gates(block).values()]
     if not all(gradient.isfinite().all() for gradient in found):
         raise PeftError(f"the gradient at {name} is not finite, so that no rank can be chosen: check the labels of the "
                         "training set")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from prettytable import PrettyTable
 from torch import nn
 
-from mace_peft.adapted import Adapted, LowRank
+from mace_peft.adapted import Adapted, GatedMessages, LowRank
 from mace_peft.models import adapted_blocks, trainable_parameters
 from mace_peft.scaled import Scaled, ScaledLowRank, ShiftedEnergies
 from mace_peft.targets import unit
 
 KINDS = {ScaledLowRank: "gains and low-rank update", Scaled: "gains", ShiftedEnergies: "shift",
-         LowRank: "low-rank update", Adapted: "gate"}
+         LowRank: "low-rank update", GatedMessages: "gates", Adapted: "gate"}
 
 
 def summary(model: nn.Module) -> str:

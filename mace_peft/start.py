@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mace_peft.adapted import GatedMessages
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import check, eject, inject
@@ -60,11 +59,7 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
                                 f"adapter {directory} was trained from: add --foundation_head {trained}")
     if not is_adapted(model):
         config = PeftConfig(**settings)
-        targets = check(model, config)
-        gated = [name for name, kind in targets.items() if kind is GatedMessages]
-        if gated and args.enable_cueq:
-            raise PeftError(f"--peft_targets {config.targets!r} gates the messages of {gated[0]}, which has not been "
-                            "tried on cuEquivariance's layers: choose other targets, or leave out --enable_cueq")
+        check(model, config)
         return Start(config, source)
     config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
     go_on(eject(copy.deepcopy(model)), config, source, model)

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 from e3nn import o3
-from mace.modules.blocks import AtomicEnergiesBlock, EquivariantProductBasisBlock
+from mace.modules.blocks import AtomicEnergiesBlock, EquivariantProductBasisBlock, InteractionBlock
 from torch import nn
 
-from mace_peft.adapted import COMPOSITES, GATED, GATED_PRODUCTS, LOW_RANK
+from mace_peft.adapted import COMPOSITES, GATED, GATED_PRODUCTS, LOW_RANK, GatedMessages
 from mace_peft.config import PLACEMENTS, PeftConfig, PeftError, describe_targets, did_you_mean, split_patterns
 from mace_peft.scaled import SCALED, SCALED_LOW_RANK
 
@@ -60,17 +60,30 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
             if not matched:
                 raise PeftError(no_match(model, pattern, config))
             found |= matched
-    found = {name: type(module) for name, module in modules.items() if name in found}
+    found = gate_where_received(model, {name: adapted[type(modules[name])] for name in modules if name in found})
     if config.rank_pattern is None:
-        return {name: adapted[kind] for name, kind in found.items()}
+        return found
     ranks = dict(config.rank_pattern)
     unknown = sorted(ranks.keys() - found)
     if unknown:
         raise PeftError(f"a rank was chosen for {unknown[0]}, which is no target in this model: choose the ranks anew")
     # what has no rank has static gains, or nothing
-    kinds = {name: (adapted if name in ranks else SCALED if config.gate == "static" else {}).get(kind)
-             for name, kind in found.items()}
+    unranked = SCALED if config.gate == "static" else {}
+    kinds = {name: kind if name in ranks else unranked.get(type(modules[name])) for name, kind in found.items()}
     return {name: kind for name, kind in kinds.items() if kind}
+
+
+def gate_where_received(model: nn.Module, found: dict[str, type]) -> dict[str, type]:
+    """Where a convolution is to be gated, its gate goes to the linear layer that takes the messages."""
+    takers = {f"{name}.conv_tp": f"{name}.linear" if hasattr(block, "linear") else f"{name}.linear_1"
+              for name, block in model.named_modules() if isinstance(block, InteractionBlock)}
+    gated = {takers.get(name) for name, kind in found.items() if kind is GatedMessages}
+    if None in gated:
+        raise PeftError("--peft mmea can gate the convolution of an interaction alone, and "
+                        f"{type(model).__name__} has another one: choose --peft_targets without it")
+    found = {name: kind for name, kind in found.items() if kind is not GatedMessages}
+    found |= dict.fromkeys(gated, GatedMessages)
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
 
 
 def adaptable_inside(model: nn.Module, adapted: dict[type, type], wanted: list[str]) -> set[str]:

@@ -1,6 +1,5 @@
 """The accuracy benchmark: real cells on a small foundation, what it tries, and what it writes."""
 
-import copy
 import importlib
 import json
 import shutil
@@ -11,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from e3nn import o3
 from mace.cli import run_train
 from runs import write_inputs
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, inject
-from mace_peft.adapted import GatedMessages
+from mace_peft.adapted import GATED_PRODUCTS
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -124,31 +124,23 @@ def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
     assert train.learnt(kind, gate.state_dict()) == counts[kind]
 
 
-def test_gates_of_messages_can_see_the_atom_that_receives(benchmark, monkeypatch):
-    train, seen = benchmark("train"), []
-    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="all")))
-    inputs = batch(model, configurations(2))
-    sender, receiver = inputs["edge_index"]
+def test_gates_of_messages_can_see_the_atom_that_sends(benchmark, monkeypatch):
+    """The features of the sender drive gains of the weights of its messages."""
+    train, plain = benchmark("train"), tiny_mace()
+    monkeypatch.setitem(GATED_PRODUCTS, o3.TensorProduct, train.GatedBySenders)
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="interactions.*.conv_tp"))
+    inputs, gains = batch(model, configurations(2)), []
 
     def look(gate, given):
-        seen.append(given[0])
-
-    def features_of_the_gates() -> list[torch.Tensor]:
-        seen.clear()
-        model(inputs)
-        return list(seen)
+        assert len(given[0]) == inputs["edge_index"].shape[1]
+        gains.append(gate.coefficients(given[0])[0].detach())
 
     for interaction in model.interactions:
-        interaction.conv_tp.adapter.register_forward_pre_hook(look)
-    by_sender = features_of_the_gates()
-    monkeypatch.setattr(GatedMessages, "forward", train.forward_by_receivers)
-    for kind in {type(interaction) for interaction in model.interactions}:
-        monkeypatch.setattr(kind, "forward", train.keep_received(kind.forward))
-    by_receiver = features_of_the_gates()
-    atoms = by_sender[0].new_zeros(len(inputs["node_attrs"]), by_sender[0].shape[1])
-    atoms[sender] = by_sender[0]  # of the first layer, whose inputs no gate of messages has changed
-    assert torch.equal(by_receiver[0], atoms[receiver]) and not torch.equal(by_receiver[0], by_sender[0])
-    copy.deepcopy(model)
+        randomise(interaction.conv_tp.adapter).register_forward_pre_hook(look)
+    gated = model(inputs)["energy"]
+    for interaction in plain.interactions:
+        interaction.conv_tp_weights.register_forward_hook(lambda mlp, _, weights: gains.pop(0) * weights)
+    assert torch.equal(gated, plain(inputs)["energy"])
 
 
 def result(cells, cell, force: float) -> dict:

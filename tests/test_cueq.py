@@ -28,7 +28,7 @@ def foundation(polar=False, **options):
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
 METHODS = ("mmea", "elora", "static")  # static: mmea with static gains
 EVERY = [(method, targets) for method in METHODS for targets in ("products", "linears", "published")]
-EVERY += [("elora-static", "all")]
+EVERY += [("elora-static", "all"), ("mmea", "all")]
 PARTS = [(method, "interactions.*.skip_tp") for method in METHODS]
 PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "static")]
 
@@ -61,11 +61,6 @@ def test_energies_forces_and_gradients_are_those_of_the_plain_model(method, targ
     assert plain[1].norm() > 1e-3
 
 
-def test_gates_of_messages_are_refused():
-    with pytest.raises(PeftError, match=r"interactions.0.conv_tp is gated.*leave out --enable_cueq"):
-        on_cueq(new("mmea", "all"))
-
-
 NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
 OTHERS = {
     "max_L 0": ("0.3.13", {"max_L": 0}),
@@ -78,11 +73,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, targets", [*((method, "published") for method in METHODS), ("mmea", "all")])
 @pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.since(since), id=name)
                                      for name, (since, options) in OTHERS.items()])
-def test_other_bases_too(options, method):
-    model = randomise(new(method, "published", **options), scale=0.1)
+def test_other_bases_too(options, method, targets):
+    model = randomise(new(method, targets, **options), scale=0.1)
     torch.testing.assert_close(learn(on_cueq(model, **options)), learn(model), rtol=1e-9, atol=1e-12)
 
 
@@ -107,7 +102,7 @@ def test_a_base_that_mace_cannot_convert_is_refused():
 # --- models that have been trained ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["products", "linears"])
+@pytest.mark.parametrize("targets", ["products", "linears", "all"])
 def test_gates_go_to_cuequivariance_with_the_model_and_back(targets, tmp_path):
     model = new("mmea", targets)
     torch.save(model, tmp_path / "adapted.model")

@@ -9,9 +9,9 @@ from e3nn import o3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mace.modules.blocks import EquivariantProductBasisBlock
-from tiny import irreps_lists, randomise
+from tiny import batch, configurations, irreps_lists, randomise, tiny_mace
 
-from mace_peft import PeftConfig
+from mace_peft import PeftConfig, inject
 from mace_peft.adapted import GATED
 from mace_peft.methods import MMEA
 
@@ -254,6 +254,30 @@ def test_the_whole_output_of_a_product_block_drives_and_takes_its_gate(use_sc, g
     h = block(*inputs)
     expected = oracle(gate_block(block).adapter, irreps, irreps, "exp", h, h)
     torch.testing.assert_close(block(*inputs).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_a_gain_of_the_received_sum_is_one_of_every_message():
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="interactions.*.conv_tp"))
+    plain, inputs, phi = tiny_mace(), batch(model, configurations(2)), []
+    for interaction in model.interactions:
+        gate = randomise(interaction.linear.adapter["messages"])
+        torch.nn.init.zeros_(gate.W0), torch.nn.init.zeros_(gate.b0)  # messages that are scalars are shifted
+        gate.register_forward_pre_hook(lambda gate, given: phi.append(gate.coefficients(given[0])[0].detach()))
+    gated = model(inputs)["energy"]
+
+    def scale(convolution, _, messages):
+        gains, columns, (_, receivers) = phi.pop(0), [], inputs["edge_index"]
+        for mul, ir in convolution.irreps_out:
+            of_block, gains = gains.tensor_split([0 if ir == o3.Irrep("0e") else mul], dim=1)
+            of_block = of_block if ir != o3.Irrep("0e") else gains.new_ones(len(gains), mul)
+            columns.append(of_block.repeat_interleave(ir.dim, dim=1))
+        return torch.cat(columns, 1)[receivers] * messages
+
+    for interaction in plain.interactions:
+        interaction.conv_tp.register_forward_hook(scale)
+    torch.testing.assert_close(plain(inputs)["energy"], gated, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(gated, tiny_mace()(inputs)["energy"])
 
 
 def test_its_state_is_the_six_weights_of_the_equations():

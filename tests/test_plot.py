@@ -107,6 +107,13 @@ def test_elements_that_the_structures_lack_are_left_out():
     assert list(result["atoms"]) == list(result["blocks"]["products.0"]["1o"]) == ["H", "O"]
 
 
+def test_gains_of_messages_are_apart_from_those_of_the_layer_that_takes_them():
+    model = adapted("mmea", "all")
+    blocks = gain_statistics(model, STRUCTURES[:1])["blocks"]
+    assert {"interactions.1.linear", "interactions.1.linear, messages"} < set(blocks)
+    assert list(blocks["interactions.1.linear, messages"]) == ["1o", "2e"]
+
+
 @pytest.mark.since("0.3.14")
 def test_linear_layers_of_every_interaction_block_act_on_atoms():
     model = adapted("mmea", "linears", later=NONLINEAR, first=NONLINEAR)

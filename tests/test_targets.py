@@ -12,7 +12,7 @@ from mace import modules
 from tiny import batch, configurations, medium_mace, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, trainable_parameters
-from mace_peft.adapted import Adapted
+from mace_peft.adapted import Adapted, GatedLinear, GatedMessages
 from mace_peft.models import adapted_blocks, is_adapted
 from mace_peft.report import summary
 from mace_peft.targets import find_targets, unit
@@ -234,6 +234,23 @@ def test_a_linear_layer_without_weights_is_left_alone(method):
     inject(model, PeftConfig(method, rank=2, targets="linears"))
     assert isinstance(model[0], Adapted) and not isinstance(model[1], Adapted)
     assert model(torch.randn(2, 11)).shape == (2, 6)
+
+
+def test_a_convolution_is_gated_where_its_messages_are_received(model):
+    linear = ["interactions.0.linear", "interactions.1.linear"]
+    assert targets_of(model, "mmea", "interactions.*.conv_tp") == linear
+    assert targets_of(model, "mmea", "interactions.0.linear_up, *.conv_tp, products") == [
+        "interactions.0.linear_up", *linear, "products.0", "products.1"]
+    for targets, kind in [("*.conv_tp", GatedMessages), ("*.conv_tp, *.linear", GatedMessages), ("all", GatedMessages),
+                          ("interactions.*.linear", GatedLinear), ("linears", GatedLinear)]:
+        found = find_targets(model, PeftConfig("mmea", targets=targets))
+        assert [found[name] for name in linear] == [kind, kind], targets
+
+
+def test_another_convolution_is_refused():
+    model = torch.nn.Sequential(o3.Linear("2x0e", "2x0e"), o3.TensorProduct(
+        "2x0e", "0e", "2x0e", [(0, 0, 0, "uvu", True)], shared_weights=False, internal_weights=False))
+    assert "Sequential has another one" in refusal(inject, model, PeftConfig("mmea", rank=2, targets="all"))
 
 
 # --- parameters that train along --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from mace_peft.methods.gains import (
     ScaledUpdate,
     TensorProductGains,
 )
-from mace_peft.methods.mmea import MMEA, MessageGate
+from mace_peft.methods.mmea import MMEA
 
 __all__ = ["MMEA", "ContractionGains", "ContractionUpdate", "EnergyShift", "Gains", "LinearGains", "LinearUpdate",
-           "MatrixGains", "MatrixUpdate", "MessageGate", "ScaledUpdate", "TensorProductGains", "TensorProductUpdate"]
+           "MatrixGains", "MatrixUpdate", "ScaledUpdate", "TensorProductGains", "TensorProductUpdate"]

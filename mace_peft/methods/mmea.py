@@ -10,34 +10,7 @@ from torch.nn.functional import silu
 SCALAR = o3.Irrep("0e")
 
 
-class Driven(nn.Module):
-    """The hidden layer of a gate: z = SiLU(s W1 + b1), s: the 0e channels of irreps_in; z: (..., rank).
-
-    W1 starts uniform, as in nn.Linear, and b1 at zero.
-    """
-
-    def __init__(self, irreps_in, rank: int):
-        super().__init__()
-        irreps_in = o3.Irreps(irreps_in)
-        scalars = irreps_in.count("0e")
-        self.W1 = nn.Parameter(torch.empty(scalars, rank).uniform_(-1, 1) / max(scalars, 1) ** 0.5)
-        self.b1 = nn.Parameter(torch.zeros(rank))
-        # for each block of the irreps, its columns in x, and how many scalars it has
-        self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
-        self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
-
-    def hidden(self, x: Tensor) -> Tensor:
-        s = [x[..., :0]]
-        for x_l, scalars in zip(x.split(self.sizes_in, -1), self.scalars):  # noqa: B905  TorchScript
-            if scalars > 0:
-                s.append(x_l)
-        return silu(torch.cat(s, -1) @ self.W1 + self.b1)
-
-    def __repr__(self):
-        return f"{self.description[:-1]}, {sum(p.numel() for p in self.parameters())} weights)"
-
-
-class MMEA(Driven):
+class MMEA(nn.Module):
     """Scales each channel of the features by a gain that scalars drive; directions and channels are never mixed.
 
         z    = SiLU(s W1 + b1)        s: the 0e channels of irreps_in; z: (..., rank)
@@ -52,17 +25,21 @@ class MMEA(Driven):
     """
 
     def __init__(self, irreps_in, irreps_out, rank: int, gate: str = "exp", init_std: float = 0.0):
-        super().__init__(irreps_in, rank)
+        super().__init__()
         irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
-        shifts = irreps_out.count("0e")
+        scalars, shifts = irreps_in.count("0e"), irreps_out.count("0e")
         gains = irreps_out.num_irreps - shifts
         self.irreps_out = str(irreps_out)
         self.exponential = gate == "exp"
+        self.W1 = nn.Parameter(torch.empty(scalars, rank).uniform_(-1, 1) / max(scalars, 1) ** 0.5)
+        self.b1 = nn.Parameter(torch.zeros(rank))
         self.W2 = nn.Parameter(torch.zeros(rank, gains))
         self.b2 = nn.Parameter(torch.zeros(gains))
         self.W0 = nn.Parameter(init_std * torch.randn(rank, shifts))
         self.b0 = nn.Parameter(torch.zeros(shifts))
-        # for each block of the irreps, its columns in h, and how many gains or shifts it has
+        # for each block of the irreps, its columns in x or h, and how many scalars, gains or shifts it has
+        self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
+        self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
         self.sizes_out = [mul * ir.dim for mul, ir in irreps_out]
         self.gains = [mul if ir != SCALAR else 0 for mul, ir in irreps_out]
         self.shifts = [mul if ir == SCALAR else 0 for mul, ir in irreps_out]
@@ -75,7 +52,11 @@ class MMEA(Driven):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
-        z = self.hidden(x)
+        s = [x[..., :0]]
+        for x_l, scalars in zip(x.split(self.sizes_in, -1), self.scalars):  # noqa: B905  TorchScript
+            if scalars > 0:
+                s.append(x_l)
+        z = silu(torch.cat(s, -1) @ self.W1 + self.b1)
         g = z @ self.W2 + self.b2
         return torch.exp(g) if self.exponential else 1 + g, z @ self.W0 + self.b0
 
@@ -95,23 +76,5 @@ class MMEA(Driven):
                 modulated.append((gain_l.unsqueeze(-2) * h_l).flatten(-2))
         return torch.cat(modulated, -1)
 
-
-class MessageGate(Driven):
-    """Scales messages, path by path and channel by channel, by gains that the scalars of the sending atom drive.
-
-        w'  = phi(z W2 + b2) * w        w: the weights of the message, one for each path and channel
-
-    z, phi and the start are as in ``MMEA``. forward(x, w): x (..., irreps_in.dim) and w (..., weights), to
-    (..., weights).
-    """
-
-    def __init__(self, irreps_in, weights: int, rank: int, gate: str = "exp"):
-        super().__init__(irreps_in, rank)
-        self.exponential = gate == "exp"
-        self.W2 = nn.Parameter(torch.zeros(rank, weights))
-        self.b2 = nn.Parameter(torch.zeros(weights))
-        self.description = f"MessageGate({o3.Irreps(irreps_in).simplify()} -> {weights}, rank {rank}, gate {gate})"
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        g = self.hidden(x) @ self.W2 + self.b2
-        return (torch.exp(g) if self.exponential else 1 + g) * w
+    def __repr__(self):
+        return f"{self.description[:-1]}, {sum(p.numel() for p in self.parameters())} weights)"
