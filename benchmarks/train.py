@@ -11,6 +11,7 @@ for every channel. senders: gates of messages see the scalars of the atom that s
 
 import sys
 
+import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
 from e3nn import o3
 

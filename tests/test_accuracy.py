@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mace  # noqa: F401  before e3nn
 import numpy as np
 import pytest
 import torch
