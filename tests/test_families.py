@@ -14,7 +14,8 @@ from tiny import assert_close, assert_equal, batch, configurations, predict, ran
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.foundation import rebuild
 
-ADAPTERS = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "published")] + [("mmea", "all")]
+ADAPTERS = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "published")]
+ADAPTERS += [("mmea", "all")]
 DENSITY, NON_LINEAR = "RealAgnosticDensityResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock"
 ATTENTION = "RealAgnosticAttResidualInteractionBlock"
 STATE = {"total_charge": {"type": "continuous", "in_dim": 1, "emb_dim": 4, "per": "graph"},
