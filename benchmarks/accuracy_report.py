@@ -4,63 +4,45 @@ from __future__ import annotations
 
 from statistics import mean
 
-import matplotlib
-from cells import ABLATED, COMPARED, DATA, EXPERIMENTS, LADDER, MOLECULES, TRAINED, Cell, learning_rates, sweep
+from accuracy_figures import draw_curves, draw_forgetting, draw_sizes, plt
+from accuracy_results import Results
+from cells import ABLATED, COMPARED, LADDER, METHODS, MOLECULES, TRAINED, Cell, sweep
 from cells import validation_error as validation
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from pages import DOCS, fill, table, versions
 
-STYLES = {"foundation": ("0.6", ":"), "scratch": ("0.6", "-"), "full": ("black", "-"), "readouts": ("0.6", "--"),
-          "MACE LoRA": ("black", "--"), "elora products": ("tab:blue", "-"), "elora linears": ("tab:blue", "--"),
-          "elora published": ("tab:blue", ":"), "mmea products": ("tab:orange", "-"),
-          "mmea linears": ("tab:orange", "--"), "mmea published": ("tab:orange", ":"),
-          "mmea all": ("tab:orange", "-."), "static all": ("tab:green", "-"), "small": ("tab:green", "--")}
-
-
-class Results:
-    """What was measured, by the settings that a table asks for."""
-
-    def __init__(self, results: dict[str, dict]):
-        self.results = results
-        self.rates = learning_rates(results)
-
-    def cells(self, experiment: str, **chosen) -> list[Cell]:
-        """Measured cells of an experiment with these settings."""
-        cells = EXPERIMENTS[experiment](self.results, self.rates)
-        return [cell for cell in cells if cell.key in self.results
-                and all(getattr(cell, name) == value for name, value in chosen.items())]
-
-    def values(self, cells: list[Cell], test: str, error: str) -> list[float]:
-        return [1e3 * self.results[cell.key]["errors"][test][error] for cell in cells]
-
-    def shown(self, cells: list[Cell], test: str, error: str) -> str:
-        """Mean over the seeds, and half of what lies between the lowest and the highest."""
-        values = self.values(cells, test, error)
-        if not values:
-            return ""
-        spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-        return f"{mean(values):.1f}{spread}"
-
-    def share(self, method: str) -> str:
-        """Parameters that the method trains, of those of the model, by the molecules' models."""
-        cells = [cell for cell in self.main(method) if cell.data == "ethanol"]
-        full = [cell for cell in self.main("full") if cell.data == "ethanol"]
-        if not cells or not full:
-            return ""
-        count, base = (self.results[found[0].key]["parameters"] for found in (cells, full))
-        return f"{count:,} ({100 * count / base:.1f} %)"
-
-    def main(self, method: str, **chosen) -> list[Cell]:
-        return self.cells("foundation" if method == "foundation" else "main", method=method, **chosen)
+# what to answer to "Which method should I use?", and the options of each answer
+WHICH = {"the lowest error from an adapter": "mmea published", "the same in a plain MACE model": "elora linears",
+         "the cheapest training steps": "elora products", "5 % of the parameters": "small", "under 2 %": "static all"}
+# what was to be reached with few parameters: at most so many times the force error of the other
+AIMS = [("static all", "MACE LoRA", 1.05), ("small", "mmea published", 1.03), ("mmea all", "mmea published", 1.0)]
 
 
 def molecules(found: Results) -> str:
-    header = ["trained", *(f"{name} {error}" for name in MOLECULES for error in ("E", "F"))]
+    measured = [name for name in found.data() if name in MOLECULES]
+    header = ["trained", *(f"{name} {error}" for name in measured for error in ("E", "F"))]
     return table(["rMD17, MAE", *header], [
         [method, found.share(method), *(found.shown(found.main(method, data=name), "test", error)
-                                        for name in MOLECULES for error in ("mae_e", "mae_f"))] for method in COMPARED])
+                                        for name in measured for error in ("mae_e", "mae_f"))] for method in COMPARED])
+
+
+def which(found: Results) -> str:
+    """Which method to use: each row has its force error in terms of that of full fine-tuning."""
+    rows = []
+    for wish, method in WHICH.items():
+        options = " ".join(f"--{name} {value}" for name, value in METHODS[method].items() if value != "products")
+        ratios = [ratio for name in found.data() if (ratio := found.ratio(method, "full", name))]
+        rows.append([wish, f"`{options}`", found.share(method), f"{mean(ratios):.2f}" if ratios else ""])
+    return table(["you want", "add", "trains", "force error, full fine-tuning = 1"], rows)
+
+
+def aims(found: Results) -> str:
+    """What was to be reached, and the ratio for each data set, in bold where it was missed."""
+    rows = []
+    for method, other, aim in AIMS:
+        ratios = [found.ratio(method, other, name) for name in found.data()]
+        rows.append([f"{method} / {other}", f"{aim:g}", *("" if ratio is None else f"{ratio:.3f}" if ratio <= aim
+                                                         else f"**{ratio:.3f}**" for ratio in ratios)])
+    return table(["force MAE", "at most", *found.data()], rows)
 
 
 def acac(found: Results) -> str:
@@ -73,10 +55,10 @@ def acac(found: Results) -> str:
 
 
 def forgetting(found: Results) -> str:
-    return table(["pretraining data, MAE F", *DATA], [
+    return table(["pretraining data, MAE F", *found.data()], [
         [method, *(found.shown([cell for cell in found.main(method, data=name)
                                 if "pretraining" in found.results[cell.key]["errors"]], "pretraining", "mae_f")
-                   for name in DATA)] for method in COMPARED if method != "scratch"])
+                   for name in found.data())] for method in COMPARED if method != "scratch"])
 
 
 def rates(found: Results) -> str:
@@ -148,79 +130,40 @@ def chosen(found: Results) -> str:
     return table(["MAE", "rank", "parameters", "E", "F", "chosen ranks: E", "F", "F, chosen / one rank"], rows)
 
 
-def comparison(found: Results, better: str, worse: str, error: str, data=MOLECULES, test: str = "test") -> str:
-    """By how much the first is below the second: percent, averaged over the data sets that have both."""
+def comparison(found: Results, better: str, worse: str, error: str, data=MOLECULES, test: str = "test") -> list[float]:
+    """By how much the first is below the second: percent, averaged over the data sets that have both; empty if none."""
     gains = []
     for name in data:
         first, second = (found.values(found.main(method, data=name), test, error) for method in (better, worse))
         if first and second:
             gains.append(100 * (1 - mean(first) / mean(second)))
-    return f"{mean(gains):.1f} %" if gains else ""
+    return [mean(gains)] if gains else []
 
 
 def claims(found: Results) -> str:
-    pairs = [("MMEA below ELoRA", "mmea published", "elora published", "6.6 %", "8.7 %"),
-             ("ELoRA below full fine-tuning", "elora published", "full", "25.5 %", "23.7 %")]
-    rows = [[f"{what}, rMD17, {name}", said, comparison(found, better, worse, error)]
+    """Beside each published figure, in percent, ours and how much more it is (in points)."""
+    pairs = [("MMEA below ELoRA", "mmea published", "elora published", 6.6, 8.7),
+             ("ELoRA below full fine-tuning", "elora published", "full", 25.5, 23.7)]
+    rows = [(f"{what}, rMD17, {name}", said, comparison(found, better, worse, error))
             for what, better, worse, *both in pairs
             for name, error, said in zip(("energy", "force"), ("mae_e", "mae_f"), both, strict=True)]
-    rows += [[f"{method}: trained parameters", said, found.share(method)] for method, said in (
-        ("mmea published", "20.1 %"), ("elora published", "23.4 %"))]
-    rows += [[f"{better} below {worse}, AcAc at 600 K, force RMSE", "better",
-              comparison(found, better, worse, "rmse_f", ("acac",), "test_600K")]
-             for better, worse in (("mmea published", "elora published"), ("elora published", "full"))]
-    return table(["claim", "published", "here"], rows)
-
-
-def draw_curves(found: Results) -> plt.Figure:
-    """Validation force MAE after each epoch, first seed."""
-    figure, panels = plt.subplots(1, len(DATA), figsize=(3.2 * len(DATA), 3.6), layout="constrained")
-    for panel, name in zip(panels, DATA, strict=True):
-        for method in TRAINED:
-            for cell in found.main(method, data=name, seed=1):
-                values = [1e3 * value for value in found.results[cell.key]["curve"]["mae_f"]]
-                panel.semilogy(values, label=method, color=STYLES[method][0], linestyle=STYLES[method][1], linewidth=1)
-        panel.set(title=name, xlabel="epoch")
-    panels[0].set_ylabel("force MAE, validation (meV/A)")
-    panels[-1].legend(fontsize=7)
-    return figure
-
-
-def draw_forgetting(found: Results) -> plt.Figure:
-    """What a fine-tune gains on its own data, and what it loses on the foundation's."""
-    figure, panels = plt.subplots(1, len(DATA), figsize=(3.2 * len(DATA), 3.6), layout="constrained")
-    for panel, name in zip(panels, DATA, strict=True):
-        for method in COMPARED:
-            for cell in found.main(method, data=name, seed=1):
-                errors = found.results[cell.key]["errors"]
-                if "pretraining" in errors and method != "scratch":
-                    panel.loglog(1e3 * errors[cell.tests[0]]["mae_f"], 1e3 * errors["pretraining"]["mae_f"],
-                                 marker="o" if "-" == STYLES[method][1] else "s" if "--" == STYLES[method][1] else "^",
-                                 color=STYLES[method][0], linestyle="none", label=method)
-        panel.set(title=name, xlabel="force MAE, test (meV/A)")
-    panels[0].set_ylabel("force MAE, pretraining data (meV/A)")
-    panels[-1].legend(fontsize=7)
-    return figure
-
-
-def draw_sizes(found: Results) -> plt.Figure:
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    for panel, test in zip(panels, ("test_300K", "test_600K"), strict=True):
-        cells = found.cells("sizes")
-        for method in dict.fromkeys(cell.method for cell in cells):
-            mine = [cell for cell in cells if cell.method == method]
-            panel.loglog([cell.train for cell in mine], found.values(mine, test, "mae_f"), marker="o", label=method,
-                         color=STYLES[method][0], linestyle=STYLES[method][1])
-        panel.set(title=f"AcAc, {test[5:-1]} K", xlabel="training configurations")
-    panels[0].set_ylabel("force MAE (meV/A)")
-    panels[0].legend(fontsize=8)
-    return figure
+    rows += [(f"{method}: trained, of all parameters", said, found.percent(method)) for method, said in (
+        ("mmea published", 20.1), ("elora published", 23.4))]
+    rows += [(f"{name} below {other}, AcAc at 600 K, force RMSE", None,
+              comparison(found, better, worse, "rmse_f", ("acac",), "test_600K"))
+             for name, other, better, worse in (("MMEA", "ELoRA", "mmea published", "elora published"),
+                                                ("ELoRA", "full fine-tuning", "elora published", "full"))]
+    return table(["claim", "published", "here", "difference"], [
+        [what, f"{said:g} %" if said else "better", *(f"{value:.1f} %" for value in values),
+         *(f"{value - said:+.1f}" if said else "" for value in values)] for what, said, values in rows if values])
 
 
 def write_report(results: dict[str, dict]) -> None:
     """Put the tables between their marks in docs/results.md, and draw the figures, of those that the page has."""
     found, page = Results(results), (DOCS / "results.md").read_text()
+    fill(DOCS.parent / "README.md", {"which": which(found)})
     parts = {
+        "aims": aims(found),
         "versions": versions([result["environment"] for result in results.values()]),
         "molecules": molecules(found), "acac": acac(found),
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
@@ -232,8 +175,6 @@ def write_report(results: dict[str, dict]) -> None:
     fill(DOCS / "results.md", {name: part for name, part in parts.items() if f"<!-- {name} -->" in page})
     drawn = {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}
     for name, draw in drawn.items():
-        if f"accuracy_{name}.png" not in page:
-            continue
-        figure = draw(found)
-        figure.savefig(DOCS / "figures" / f"accuracy_{name}.png", dpi=110)
-        plt.close(figure)
+        if found.data() and f"accuracy_{name}.png" in page:
+            draw(found).savefig(DOCS / "figures" / f"accuracy_{name}.png", dpi=110)
+    plt.close("all")
