@@ -7,7 +7,7 @@ runs the cells that have no result yet, stopped ones from their last checkpoint,
 learning rates come first (--experiments sweep): the others take the best.
 
     --list                           the keys of the cells
-    --only 'aspirin-mmea_products-*' those whose key matches, anew
+    --only 'aspirin-mmea_products-*' those whose key matches, anew if they have a result
     --report                         only writes docs/results.md from results/accuracy.json
 """
 
@@ -79,8 +79,6 @@ def call(line: list[str], folder: Path, name: str, threads: int) -> str:
 def run(cell: Cell, args) -> dict:
     """Fine-tune, test, and say what came out."""
     folder = args.work / cell.key
-    if args.only:
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     data = args.data / cell.folder
     ase.io.write(folder / "train.xyz", ase.io.read(data / "train.xyz", f":{cell.train}"))
@@ -146,6 +144,8 @@ def run_all(args, results: dict[str, dict]) -> list[str]:
             progress.total = len(started) + len(waiting)
             for cell in waiting[:args.jobs - len(running)]:
                 started.add(cell.key)
+                if cell.key in results:
+                    shutil.rmtree(args.work / cell.key, ignore_errors=True)
                 running[pool.submit(run, cell, args)] = cell
             if not running:
                 return failed

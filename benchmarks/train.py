@@ -14,9 +14,10 @@ import sys
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
 from e3nn import o3
+from senders import GatedBySenders
 
-from mace_peft import PeftConfig, run_train
-from mace_peft.adapted import GATED_PRODUCTS, Adapted, renamed
+from mace_peft import run_train
+from mace_peft.adapted import GATED_PRODUCTS
 from mace_peft.contractions import contract_by_element
 from mace_peft.methods.mmea import MMEA
 
@@ -45,23 +46,6 @@ def learnt(kind: str, adapter: dict[str, torch.Tensor]) -> int:
         held = HELD[kind].get(name.rpartition(".")[2])
         count += 0 if held is hold else tensor[..., :1].numel() if held is share else tensor.numel()
     return count
-
-
-class GatedBySenders(Adapted, o3.TensorProduct):
-    """Convolution whose weights, one for each path and channel of a message, take the gate as channels of 0o would."""
-
-    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
-
-    @staticmethod
-    def make_adapter(block: o3.TensorProduct, config: PeftConfig) -> MMEA:
-        return MMEA(block.irreps_in1, f"{block.weight_numel}x0o", config.rank, config.gate)
-
-    @staticmethod
-    def largest_rank(block: o3.TensorProduct) -> int:
-        return block.irreps_in1.count("0e")
-
-    def forward(self, x, y, weight: torch.Tensor):
-        return self.plain_forward(x, y, self.adapter(x, weight))
 
 
 def main() -> None:

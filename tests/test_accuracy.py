@@ -128,8 +128,8 @@ def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
 
 def test_gates_of_messages_can_see_the_atom_that_sends(benchmark, monkeypatch):
     """The features of the sender drive gains of the weights of its messages."""
-    train, plain = benchmark("train"), tiny_mace()
-    monkeypatch.setitem(GATED_PRODUCTS, o3.TensorProduct, train.GatedBySenders)
+    plain = tiny_mace()
+    monkeypatch.setitem(GATED_PRODUCTS, o3.TensorProduct, benchmark("senders").GatedBySenders)
     model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="interactions.*.conv_tp"))
     inputs, gains = batch(model, configurations(2)), []
 
