@@ -106,7 +106,7 @@ class GatedMessages(Adapted, o3.Linear):
     """Linear layer that takes the sum of the messages to an atom, with a gate of its own for them.
 
     A gain for each path and channel that depends on the atom that receives is the same for all messages to it: so their
-    sum takes it, and its scalars drive it.
+    sum takes it, and its scalars, which are shifted as in any gate, drive it.
     """
 
     plain_forward = renamed(o3.Linear.forward, "plain_forward")
@@ -262,4 +262,5 @@ LOW_RANK = {
     Contraction: LowRankContraction,
 }
 GATED = {EquivariantProductBasisBlock: GatedProduct, o3.Linear: GatedLinear}
+# of a convolution the gate moves to the layer that takes its messages: find_targets
 GATED_PRODUCTS = {o3.FullyConnectedTensorProduct: GatedTensorProduct, o3.TensorProduct: GatedMessages}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mace_peft.adapted import Adapted, Mergeable
+from mace_peft.adapted import Adapted, GatedMessages, Mergeable
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.models import (
     adapt,
@@ -80,6 +80,9 @@ def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -
     largest = {name: adapted.largest_rank(model.get_submodule(name)) for name, adapted in targets.items()}
     widest = max(largest, key=largest.get)
     if config.rank > largest[widest]:
+        if not largest[widest]:
+            raise PeftError(f"--peft_rank {config.rank} has no effect on {widest}, which takes a shift and no update "
+                            "of low rank: use --peft mmea --peft_gate static")
         raise PeftError(f"--peft_rank {config.rank} is more than the widest target ({widest}) can use: "
                         f"the largest useful rank here is {largest[widest]}")
 
@@ -147,11 +150,14 @@ def fold(model: nn.Module) -> nn.Module:
     for block in updates:
         block.fold()
         remove_adapter(block)
-    gates = [name for name, _ in adapted_blocks(model)]
+    gates = dict(adapted_blocks(model))
     if not gates:
         return forget(model)
     if updates:
-        config = dataclasses.replace(model.peft_config, targets=",".join(gates))
+        # the layer that takes messages has the gates of a convolution if that is the target
+        targets = [f"{name.rpartition('.')[0]}.conv_tp" if isinstance(block, GatedMessages) else name
+                   for name, block in gates.items()]
+        config = dataclasses.replace(model.peft_config, targets=",".join(targets))
         if config.rank_pattern is not None:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)

@@ -44,24 +44,24 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
     """
     check_adapted(model)
     config = model.peft_config
-    gates = gates_with_gains(model)
-    if not gates:
+    names = gates_with_gains(model)
+    if not names:
         raise PeftError(f"--peft {config.method} with targets {config.targets} has no gains to draw: draw an adapter "
                         "of --peft mmea, with targets that give irreps other than 0e")
     check_structures(model, structures)
-    gains: dict[MMEA, list[np.ndarray]] = {gate: [] for gate in gates}
+    gains: dict[MMEA, list[np.ndarray]] = {gate: [] for gate in names}
 
     def listen(gate: MMEA, inputs: tuple[Tensor, Tensor]) -> None:
         gains[gate].append(gate.coefficients(inputs[0])[0].cpu().numpy())
 
     with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for gate in gates:
+        for gate in names:
             hooks.callback(gate.register_forward_pre_hook(listen).remove)
         for start in trange(0, len(structures), BATCH, desc="gains", unit="batch", disable=None):
             model(batch(model, structures[start : start + BATCH]), training=False, compute_force=False)
     numbers = np.concatenate([structure.numbers for structure in structures])
     atoms = {chemical_symbols[number]: int((numbers == number).sum()) for number in np.unique(numbers)}
-    blocks = {name: distributions(name, gate, gains[gate], numbers) for gate, name in gates.items()}
+    blocks = {name: distributions(name, gate, gains[gate], numbers) for gate, name in names.items()}
     return {"peft": config.to_dict(), "structures": len(structures), "atoms": atoms, "blocks": blocks}
 
 

@@ -29,7 +29,7 @@ OPTIONS = {
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
 }
 
-# --peft small: what did best with 5 % of the base's parameters (docs/results.md); each can be given otherwise
+# --peft small: what did best with 5 % of the base's parameters (docs/results.md); others are taken if given
 SMALL = {"peft": "elora", "peft_gate": "static", "peft_targets": "all", "peft_rank": "auto"}
 # options of MACE that cannot go with --peft, and why
 CONFLICTS = {
@@ -64,7 +64,9 @@ def read_settings(args: argparse.Namespace) -> dict | None:
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft mmea or --peft elora")
     check_choice("--peft", given["peft"], (*METHODS, "small"))
     if given["peft"] == "small":
-        given |= {name: value for name, value in SMALL.items() if name == "peft" or name not in given}
+        # an adapter to start from has its own targets and rank
+        wanted = ("peft", "peft_gate") if "peft_adapter" in given else SMALL
+        given |= {name: SMALL[name] for name in wanted if name == "peft" or name not in given}
     static = given.get("peft_gate") == "static"
     for name in ("peft_gate", "peft_init_std"):
         if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):

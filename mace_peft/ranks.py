@@ -63,6 +63,9 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         candidates, spent = find_candidates(model, config, differentiate)
+    if not any(any(candidate.gains) for candidate in candidates.values()):
+        raise PeftError(f"--peft_rank auto finds nothing in --peft_targets {config.targets!r} that the training set "
+                        "would change by an update of low rank: choose other targets, or check the labels")
     while True:
         affordable = [c for c in candidates.values() if c.worth > 0 and spent + c.cost <= budget]
         if not affordable:

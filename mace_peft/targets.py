@@ -20,7 +20,7 @@ PLACEMENT_CLASSES = {
     "products": (EquivariantProductBasisBlock,),
     "linears": (o3.Linear,),
     "published": (o3.Linear, o3.FullyConnectedTensorProduct, *COMPOSITES),
-    "all": (o3.Linear, o3.TensorProduct, AtomicEnergiesBlock, *COMPOSITES),
+    "all": (o3.Linear, o3.TensorProduct, *COMPOSITES),
 }
 
 
@@ -52,6 +52,8 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, type]:
             names = ", ".join(sorted({cls.__name__ for cls in classes}))
             raise PeftError(f"--peft_targets {config.targets!r} needs {names}, and {type(model).__name__} has none: "
                             "use another placement or glob patterns over the names of its modules")
+        if config.gate == "static":  # gains move the total energy, and only the E0s can move it back
+            found |= {name for name, module in modules.items() if type(module) is AtomicEnergiesBlock}
     else:
         found = set()
         for pattern in split_patterns(config.targets):

@@ -387,6 +387,15 @@ def test_fold_leaves_the_gates_of_a_hybrid():
     assert_close(predict(model, structures()), expected)
 
 
+@pytest.mark.parametrize("targets", ["published", "interactions.1.*,readouts.*", "*.conv_tp,*.symmetric_contractions"])
+def test_the_settings_of_a_folded_hybrid_give_its_gates(targets):
+    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, targets=targets)))
+    fold(model)
+    config, shapes = model.peft_config, {name: weight.shape for name, weight in trainable_parameters(model).items()}
+    inject(eject(model), config)
+    assert {name: weight.shape for name, weight in trainable_parameters(model).items()} == shapes
+
+
 # --- MACE's own tools -------------------------------------------------------------------------------------------------
 
 

@@ -217,7 +217,16 @@ def test_small_is_a_name_for_four_settings():
     other = settings(peft_budget="2%", peft_targets="linears")
     assert other == dataclasses.replace(small, budget="2%", targets="linears")
     assert settings(peft_rank="4") == PeftConfig("elora", rank=4, targets="all", gate="static")
+    assert read_settings(Namespace(peft="small", peft_adapter="folder")) == {
+        "method": "elora", "gate": "static", "adapter": "folder"}  # which has targets and ranks
     assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
+
+
+def test_a_shift_alone_has_no_rank():
+    config = PeftConfig("elora", rank="auto", gate="static", targets="atomic_energies_fn")
+    assert "choose other targets" in fails(choose_ranks, tiny_mace(), config, differentiate)
+    assert "--peft_rank 4 has no effect on atomic_energies_fn" in fails(
+        inject, tiny_mace(), dataclasses.replace(config, rank=4, budget=None))
 
 
 def test_labels_that_are_not_finite_are_refused():
