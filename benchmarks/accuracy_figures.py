@@ -24,10 +24,12 @@ def data_panels(found: Results) -> tuple[plt.Figure, dict[str, plt.Axes]]:
     return figure, dict(zip(names, panels, strict=True))
 
 
-def labelled(figure: plt.Figure, panel: plt.Axes) -> plt.Figure:
-    """With the methods of the panel, in a column beside it."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+def labelled(figure: plt.Figure) -> plt.Figure:
+    """With all methods of the panels, in a column beside them."""
+    known = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(),
+                                                                             strict=True)}
+    names = [name for name in COMPARED if name in known]
+    figure.legend([known[name] for name in names], names, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
@@ -40,22 +42,28 @@ def draw_curves(found: Results) -> plt.Figure:
                 values = [1e3 * value for value in found.results[cell.key]["curve"]["mae_f"]]
                 panel.semilogy(values, label=method, color=STYLES[method][0], linestyle=STYLES[method][1], linewidth=1)
         panel.set(title=name, xlabel="epoch", ylabel="force MAE, validation (meV/A)")
-    return labelled(figure, panel)
+        panel.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+        panel.minorticks_off()
+    return labelled(figure)
 
 
 def draw_forgetting(found: Results) -> plt.Figure:
-    """What a fine-tune gains on its own data, and what it loses on the foundation's."""
+    """What a fine-tune gains on its own data, and what it loses on the foundation's; a line where that was."""
     figure, panels = data_panels(found)
     for name, panel in panels.items():
         for method in COMPARED:
             for cell in found.main(method, data=name, seed=1):
                 errors = found.results[cell.key]["errors"]
-                if "pretraining" in errors and method != "scratch":
-                    panel.loglog(1e3 * errors[cell.tests[0]]["mae_f"], 1e3 * errors["pretraining"]["mae_f"],
-                                 marker="o" if "-" == STYLES[method][1] else "s" if "--" == STYLES[method][1] else "^",
-                                 color=STYLES[method][0], linestyle="none", label=method)
+                color, line = STYLES[method]
+                if method == "foundation" and "pretraining" in errors:
+                    panel.axhline(1e3 * errors["pretraining"]["mae_f"], color=color, linestyle=line, label=method)
+                elif "pretraining" in errors and method != "scratch":
+                    panel.plot(1e3 * errors[cell.tests[0]]["mae_f"], 1e3 * errors["pretraining"]["mae_f"],
+                               marker={"-": "o", "--": "s", ":": "^", "-.": "D"}[line], color=color, linestyle="none",
+                               label=method)
         panel.set(title=name, xlabel="force MAE, test (meV/A)", ylabel="force MAE, pretraining data (meV/A)")
-    return labelled(figure, panel)
+        panel.set_ylim(bottom=0)
+    return labelled(figure)
 
 
 def draw_sizes(found: Results) -> plt.Figure:
