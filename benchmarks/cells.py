@@ -34,6 +34,8 @@ SMALL: dict[str, dict] = {
     "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
     "static all + rank 1": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 1},
     "static all + rank 2": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 2},
+    "static linears + rank 4": {"peft": "elora", "peft_targets": "linears", "peft_gate": "static", "peft_rank": 4},
+    "static linears + chosen ranks": {**METHODS["small"], "peft_targets": "linears"},
     "small": METHODS["small"],
     "small + readouts": {**METHODS["small"], "peft_train_also": "readouts.*"},
     "small without gains": {"peft": "elora", "peft_targets": "all", "peft_rank": "auto", "peft_budget": "5%"},
