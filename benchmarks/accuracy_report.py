@@ -12,7 +12,7 @@ from pages import DOCS, fill, table, versions
 
 # what to answer to "Which method should I use?", and the options of each answer
 WHICH = {"the lowest error from an adapter": "mmea published", "the same in a plain MACE model": "elora linears",
-         "the cheapest training steps": "elora products", "5 % of the parameters": "small", "under 2 %": "static all"}
+         "cheap training steps": "elora products", "5 % of the parameters": "small", "under 2 %": "static all"}
 # what was to be reached with few parameters: at most so many times the force error of the other
 AIMS = [("static all", "MACE LoRA", 1.05), ("small", "mmea published", 1.03), ("mmea all", "mmea published", 1.0)]
 
@@ -26,13 +26,16 @@ def molecules(found: Results) -> str:
 
 
 def which(found: Results) -> str:
-    """Which method to use: each row has its force error in terms of that of full fine-tuning."""
+    """Which method to use: each row has its force error in terms of that of full fine-tuning, over the same data."""
+    common = [name for name in found.data() if all(found.ratio(method, "full", name) for method in WHICH.values())]
     rows = []
     for wish, method in WHICH.items():
-        options = " ".join(f"--{name} {value}" for name, value in METHODS[method].items() if value != "products")
-        ratios = [ratio for name in found.data() if (ratio := found.ratio(method, "full", name))]
+        settings = {"lr": found.rates.get(method)} | METHODS[method]
+        options = " ".join(f"--{name} {value}" for name, value in settings.items() if value not in (None, "products"))
+        ratios = [found.ratio(method, "full", name) for name in common]
         rows.append([wish, f"`{options}`", found.share(method), f"{mean(ratios):.2f}" if ratios else ""])
-    return table(["you want", "add", "trains", "force error, full fine-tuning = 1"], rows)
+    names = ", ".join("acac at 600 K" if name == "acac" else name for name in common)
+    return table(["you want", "add", "trains", f"force error on {names}; full fine-tuning = 1"], rows)
 
 
 def aims(found: Results) -> str:
