@@ -149,7 +149,10 @@ def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | 
     if not paths:
         return None
     try:
-        made = PeftConfig(**torch.load(paths[-1], map_location="cpu", weights_only=False)["peft"])
+        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=False)
+        if "peft" not in checkpoint:
+            return None  # whoever loads it says so
+        made = PeftConfig(**{**checkpoint["peft"], "init_std": config.init_std})
     except Exception as error:  # a damaged file fails in many ways
         raise PeftError(f"the checkpoint {paths[-1]} has no ranks that can be read ({one_line(error)}): delete it to "
                         "restart from the one before, or from the start") from None

@@ -70,8 +70,9 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     static = given.get("peft_gate") == "static"
     for name in ("peft_gate", "peft_init_std"):
         if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):
+            other = ", or use --peft_gate static" if name == "peft_gate" else ""
             raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates that atoms drive: "
-                            "leave it out, or use --peft_gate static")
+                            f"leave it out{other}")
     for name in ("peft_rank", "peft_budget", "peft_alpha", "peft_init_std"):
         if name in given and given["peft"] == "mmea" and static:
             raise PeftError(f"--{name} {given[name]} has no effect on static gains, which have no rank and no shifts: "

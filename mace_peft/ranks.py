@@ -74,7 +74,7 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
         spent += best.cost
         best.rank += 1
     if spent > budget or not any(candidate.rank for candidate in candidates.values()):
-        least = spent + min(candidate.first for candidate in candidates.values())
+        least = spent + min(candidate.first for candidate in candidates.values() if any(candidate.gains))
         raise PeftError(f"--peft_budget {config.budget} is {budget:,} of the base's {base:,} parameters, and the "
                         f"smallest adapter takes {least:,}: give more, or other --peft_targets")
     ranks = {name: candidate.rank for name, candidate in candidates.items() if candidate.rank}

@@ -6,6 +6,7 @@ With ``--peft mmea`` gains are all, with ``--peft elora`` they scale weights tha
 from __future__ import annotations
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
+import torch
 from e3nn import o3
 from mace.modules.blocks import AtomicEnergiesBlock
 from mace.modules.symmetric_contraction import Contraction
@@ -68,14 +69,15 @@ class ShiftedEnergies(Mergeable, AtomicEnergiesBlock):
 
     @staticmethod
     def make_adapter(block: AtomicEnergiesBlock, config: PeftConfig) -> EnergyShift:
-        return EnergyShift(block.atomic_energies.shape)
+        # a row for each head, as in what mace_run_train saves: models made otherwise may have no rows
+        return EnergyShift(torch.atleast_2d(block.atomic_energies).shape)
 
     @staticmethod
     def largest_rank(block: AtomicEnergiesBlock) -> int:
         return 0
 
     def updates(self) -> dict[str, Tensor]:
-        return self.adapter()
+        return {name: shift.reshape(self.atomic_energies.shape) for name, shift in self.adapter().items()}
 
 
 SCALED = {

@@ -200,3 +200,8 @@ def test_a_merged_model_predicts_the_same(method, interaction):
 def test_what_static_gains_do_not_have_is_refused(option, value):
     with pytest.raises(PeftError, match=f"--{option} {value} has no effect on static gains"):
         read_settings(Namespace(peft="mmea", peft_gate="static", **{option: value}))
+
+
+def test_the_remedy_is_not_what_was_given():
+    with pytest.raises(PeftError, match="--peft_init_std 0.1 has no effect on elora.*: leave it out$"):
+        read_settings(Namespace(peft="small", peft_init_std="0.1"))

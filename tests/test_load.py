@@ -5,7 +5,7 @@ import torch
 from mace.tools.scripts_utils import remove_pt_head
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, merge, save_adapter
 from mace_peft.foundation import rebuild, single_head
 from mace_peft.models import fingerprint, trainable_parameters
 
@@ -43,6 +43,20 @@ def test_foundation_and_directory_give_the_trained_model(tmp_path, method, targe
     loaded = load_adapter(foundation, tmp_path / "a")
     assert same(predict(trained, STRUCTURES), predict(loaded, STRUCTURES))
     assert narrowed or loaded is foundation
+
+
+def test_static_gains_fit_a_foundation_whose_E0s_have_no_rows_of_heads(tmp_path):
+    foundation, model = tiny_mace(), tiny_mace()
+    energies = model.atomic_energies_fn
+    energies.atomic_energies = torch.atleast_2d(energies.atomic_energies)  # as mace_run_train makes it
+    origin = {"name": "tiny", "head": None, "fingerprint": fingerprint(foundation)}
+    trained = randomise(inject(model, PeftConfig("mmea", gate="static", targets="all"), origin))
+    save_adapter(trained, tmp_path / "a")
+    loaded = load_adapter(foundation, tmp_path / "a")
+    assert loaded.atomic_energies_fn.atomic_energies.dim() == 1
+    expected = predict(trained, STRUCTURES)
+    assert same(predict(loaded, STRUCTURES), expected)
+    assert same(predict(merge(loaded), STRUCTURES), expected)
 
 
 def test_two_heads(tmp_path):

@@ -222,6 +222,23 @@ def test_small_is_a_name_for_four_settings():
     assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
 
 
+def test_a_restart_with_another_start_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
+    inputs = write_small(tmp_path)
+    options = {"peft": "mmea", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "30%"}
+    _, given = train_only(inputs, "whole", max_num_epochs=1, **options)
+    monkeypatch.setattr("mace_peft.finetune.choose_ranks", None)
+    _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=2, peft_init_std=1.0, **options)
+    assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
+
+
+def test_the_least_budget_that_is_named_is_enough():
+    config = PeftConfig("elora", rank="auto", targets="interactions.1.linear_up,interactions.1.linear", budget="1")
+    gradient = gradients(interactions__1__linear__weight=torch.eye(4).repeat(3, 1))  # nothing for linear_up
+    model = tiny_mace(max_L=0)
+    least = re.search(r"takes ([\d,]+)", fails(choose_ranks, model, config, gradient))[1]
+    assert choose_ranks(model, dataclasses.replace(config, budget=least), gradient).rank_pattern
+
+
 def test_a_shift_alone_has_no_rank():
     config = PeftConfig("elora", rank="auto", gate="static", targets="atomic_energies_fn")
     assert "choose other targets" in fails(choose_ranks, tiny_mace(), config, differentiate)

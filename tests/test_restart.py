@@ -159,9 +159,10 @@ def test_a_checkpoint_of_other_settings_stops_and_names_both(folder, refusal, ot
     assert "restart with the options it was made with, or give this run another --name" in message
 
 
-def test_a_checkpoint_made_without_peft_stops(tmp_path, refusal):
+@pytest.mark.parametrize("peft", [PEFT, {"peft": "small", "peft_budget": "100%"}], ids=["mmea", "small"])
+def test_a_checkpoint_made_without_peft_stops(tmp_path, refusal, peft):
     train_here(write_inputs(tmp_path), max_num_epochs=1)
-    message = refusal(tmp_path, "--restart_latest", **PEFT)
+    message = refusal(tmp_path, "--restart_latest", **peft)
     assert "was made without --peft" in message and "--name" in message
 
 
