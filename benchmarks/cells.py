@@ -36,6 +36,12 @@ SMALL: dict[str, dict] = {
     "static all + rank 2": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 2},
     "static linears + rank 4": {"peft": "elora", "peft_targets": "linears", "peft_gate": "static", "peft_rank": 4},
     "static linears + chosen ranks": {**METHODS["small"], "peft_targets": "linears"},
+    **{f"static linears and {more} + chosen ranks": {
+        **METHODS["small"], "peft_targets": "atomic_energies_fn,node_embedding.*,interactions.*.linear*,"
+        f"products.*.linear,readouts.*,{modules}"} for more, modules in (
+            ("contractions", "products.*.symmetric_contractions"), ("radial", "interactions.*.conv_tp_weights"),
+            ("elements", "interactions.*.skip_tp"))},
+    "linears + chosen ranks": {"peft": "elora", "peft_targets": "linears", "peft_rank": "auto", "peft_budget": "5%"},
     "small": METHODS["small"],
     "small + readouts": {**METHODS["small"], "peft_train_also": "readouts.*"},
     "small without gains": {"peft": "elora", "peft_targets": "all", "peft_rank": "auto", "peft_budget": "5%"},
