@@ -26,25 +26,28 @@ METHODS: dict[str, dict] = {
     "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
     "small": {"peft": "small"},
 }
-# around static gains everywhere, one change at a time
+# around gains and updates of few parameters, one change at a time
+EVERYWHERE = {"peft": "elora", "peft_targets": "all", "peft_gate": "static"}
+CHOSEN = {"peft_rank": "auto", "peft_budget": "5%"}
+LINEARS = "atomic_energies_fn,node_embedding.*,interactions.*.linear*,products.*.linear,readouts.*"
+BESIDE = {"contractions": "products.*.symmetric_contractions", "elements": "interactions.*.skip_tp",
+          "radial": "interactions.*.conv_tp_weights"}
 SMALL: dict[str, dict] = {
     "static all but E0s": {**METHODS["static all"],
                            "peft_targets": "node_embedding,interactions.*,products.*,readouts.*"},
     "static all": METHODS["static all"],
     "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
-    "static all + rank 1": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 1},
-    "static all + rank 2": {"peft": "elora", "peft_targets": "all", "peft_gate": "static", "peft_rank": 2},
-    "static linears + rank 4": {"peft": "elora", "peft_targets": "linears", "peft_gate": "static", "peft_rank": 4},
-    "static linears + chosen ranks": {**METHODS["small"], "peft_targets": "linears"},
-    **{f"static linears and {more} + chosen ranks": {
-        **METHODS["small"], "peft_targets": "atomic_energies_fn,node_embedding.*,interactions.*.linear*,"
-        f"products.*.linear,readouts.*,{modules}"} for more, modules in (
-            ("contractions", "products.*.symmetric_contractions"), ("radial", "interactions.*.conv_tp_weights"),
-            ("elements", "interactions.*.skip_tp"))},
-    "linears + chosen ranks": {"peft": "elora", "peft_targets": "linears", "peft_rank": "auto", "peft_budget": "5%"},
-    "small": METHODS["small"],
-    "small + readouts": {**METHODS["small"], "peft_train_also": "readouts.*"},
-    "small without gains": {"peft": "elora", "peft_targets": "all", "peft_rank": "auto", "peft_budget": "5%"},
+    "static all + rank 1": {**EVERYWHERE, "peft_rank": 1},
+    "static all + rank 2": {**EVERYWHERE, "peft_rank": 2},
+    "static all + chosen ranks": {**EVERYWHERE, **CHOSEN},
+    "static all + chosen ranks + readouts": {**EVERYWHERE, **CHOSEN, "peft_train_also": "readouts.*"},
+    "all + chosen ranks": {"peft": "elora", "peft_targets": "all", **CHOSEN},
+    "static linears + rank 4": {**EVERYWHERE, "peft_targets": "linears", "peft_rank": 4},
+    **{f"static linears and {more} + chosen ranks": {**EVERYWHERE, **CHOSEN, "peft_targets": f"{LINEARS},{modules}"}
+       for more, modules in BESIDE.items()},
+    "linears + chosen ranks": {"peft": "elora", "peft_targets": "linears", **CHOSEN},
+    "small": METHODS["small"],  # static linears + chosen ranks
+    "small of 2%": {**METHODS["small"], "peft_budget": "2%"},
 }
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]

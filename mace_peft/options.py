@@ -30,7 +30,7 @@ OPTIONS = {
 }
 
 # --peft small: what did best with 5 % of the base's parameters (docs/results.md); others are taken if given
-SMALL = {"peft": "elora", "peft_gate": "static", "peft_targets": "all", "peft_rank": "auto"}
+SMALL = {"peft": "elora", "peft_gate": "static", "peft_targets": "linears", "peft_rank": "auto"}
 # options of MACE that cannot go with --peft, and why
 CONFLICTS = {
     "lora": "it is MACE's own adapter: leave out --lora or --peft",

@@ -114,7 +114,7 @@ def test_a_run_chooses_says_why_and_keeps_the_choice(tmp_path, name, caplog, cap
     inputs, config = write_small(tmp_path), CASES[name]
     options = {"peft": config.method, "peft_targets": "all", "peft_rank": "auto", "peft_budget": config.budget}
     if name == "elora-static":  # the same by its name
-        options = {"peft": "small", "peft_budget": config.budget}
+        options = {"peft": "small", "peft_budget": config.budget, "peft_targets": "all"}
     train_here(inputs, work_dir=tmp_path / "run", max_num_epochs=1, **options)
     said = capsys.readouterr().out + caplog.text
     assert f"Ranks chosen for a budget of {config.budget}" in said and "kept of the gradient" in said
@@ -212,11 +212,11 @@ def test_small_is_a_name_for_four_settings():
     def settings(**options):
         return PeftConfig(**read_settings(Namespace(peft="small", **options)))
 
-    small = PeftConfig("elora", rank="auto", targets="all", gate="static", budget="5%")
+    small = PeftConfig("elora", rank="auto", targets="linears", gate="static", budget="5%")
     assert settings() == small
-    other = settings(peft_budget="2%", peft_targets="linears")
-    assert other == dataclasses.replace(small, budget="2%", targets="linears")
-    assert settings(peft_rank="4") == PeftConfig("elora", rank=4, targets="all", gate="static")
+    other = settings(peft_budget="2%", peft_targets="all")
+    assert other == dataclasses.replace(small, budget="2%", targets="all")
+    assert settings(peft_rank="4") == PeftConfig("elora", rank=4, targets="linears", gate="static")
     assert read_settings(Namespace(peft="small", peft_adapter="folder")) == {
         "method": "elora", "gate": "static", "adapter": "folder"}  # which has targets and ranks
     assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
