@@ -11,7 +11,8 @@ from cells import validation_error as validation
 from pages import DOCS, fill, table, versions
 
 # what to answer to "Which method should I use?", and the options of each answer
-WHICH = {"the lowest error from an adapter": "elora linears", "gates driven by each atom's surroundings": "mmea published",
+WHICH = {"the lowest error from an adapter": "elora linears",
+         "gates driven by each atom's surroundings": "mmea published",
          "5 % of the parameters": "small", "under 2 %": "static all"}
 # what was to be reached with few parameters: at most so many times the force error of the other
 AIMS = [("static all", "MACE LoRA", 1.05), ("small", "mmea published", 1.03), ("mmea all", "mmea published", 1.0)]
