@@ -262,8 +262,8 @@ def test_a_loss_that_misses_adapters_trains_the_others(pair, tmp_path):
     """
     folder = shutil.copytree(pair[0].folder, tmp_path / "copy")
     before = {path.name for path in (folder / "checkpoints").glob("*.pt")}
-    run = distribute(folder, 2, peft="small", peft_budget="40%", loss="forces_only", max_num_epochs=1,
-                     launcher="torchrun", whole=False)
+    run = distribute(folder, 2, peft="small", peft_targets="all", peft_budget="40%", loss="forces_only",
+                     max_num_epochs=1, launcher="torchrun", whole=False)
     assert set(run.codes) == {0}, run.said("stderr")
     assert {path.stem for path in (folder / "checkpoints").glob("*.earlier")} == before
     first, second = run.trained()
