@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import mean
 
 from accuracy_figures import draw_curves, draw_forgetting, draw_sizes, plt
@@ -95,8 +96,9 @@ def ablated(found: Results) -> str:
 
 
 def small_budget(found: Results) -> str:
-    """Each with the better of its learning rates."""
+    """Each with the best of its learning rates, and how many of them were tried."""
     best: dict[str, Cell] = {}
+    tried = Counter(cell.method for cell in found.cells("small"))
     for cell in found.cells("small"):
         if cell.method not in best or validation(found.results[cell.key]) < validation(
                 found.results[best[cell.method].key]):
@@ -104,9 +106,9 @@ def small_budget(found: Results) -> str:
     rows = []
     for cell in best.values():
         result = found.results[cell.key]
-        rows.append([cell.method, f"{result['parameters']:,}", f"{cell.lr:g}",
+        rows.append([cell.method, f"{result['parameters']:,}", f"{cell.lr:g}", str(tried[cell.method]),
                      *(f"{1e3 * min(result['curve'][error]):.1f}" for error in ("mae_e", "mae_f"))])
-    return table(["ethanol, validation, MAE", "trained", "lr", "E", "F"], rows)
+    return table(["ethanol, validation, MAE", "trained", "lr", "of", "E", "F"], rows)
 
 
 def messages(found: Results) -> str:
