@@ -108,10 +108,12 @@ class Cell:
         stage_two = {} if self.method == "foundation" else {
             "swa": True, "start_swa": 4 * self.epochs // 5, "swa_lr": self.lr / 5,
             "swa_energy_weight": 1000, "swa_forces_weight": 100}
+        interval = max(1, self.epochs // FINAL)  # no more validations, and decays of lr, than in a run of that length
         return {
             "name": "run", "seed": self.seed, "E0s": self.E0s, "loss": "weighted", "energy_weight": 1,
             "forces_weight": 1000, "lr": self.lr, "batch_size": 5, "valid_batch_size": 50,
-            "max_num_epochs": self.epochs, "lr_factor": 0.8, "scheduler_patience": 5, "ema": True, "ema_decay": 0.995,
+            "max_num_epochs": self.epochs, "eval_interval": interval, "lr_factor": 0.8,
+            "scheduler_patience": 5 * interval, "ema": True, "ema_decay": 0.995,
             "clip_grad": 100, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
             "error_table": "TotalMAE", "plot": "False", "restart_latest": True, **stage_two, **method,
             **self.rank_options(method)}
@@ -172,6 +174,14 @@ def chosen_ranks(results: dict[str, dict], rates: dict[str, float]) -> Iterator[
                 yield dataclasses.replace(fixed, rank=16, budget=str(results[fixed.key]["parameters"]))
 
 
+def sizes(_, rates: dict[str, float]) -> Iterator[Cell]:
+    """From fewer configurations and from more, in as many steps as the others."""
+    methods = ("foundation", "full", "elora products", "mmea products")
+    for train, method in itertools.product((10, 25, 50, 100, 200), methods):
+        if method in rates:
+            yield Cell("acac", method, rates[method], epochs=FINAL * 50 // train, train=train)
+
+
 def grid(**axes) -> Callable[[dict, dict], Iterator[Cell]]:
     """Cells for every combination of the values, at the method's learning rate; none for a method without one."""
     def cells(_, rates: dict[str, float]) -> Iterator[Cell]:
@@ -186,8 +196,7 @@ EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
     "sweep": sweep,
     "foundation": grid(data=DATA, method=("foundation",)),
     "main": grid(seed=(1, 2, 3), data=DATA, method=TRAINED),
-    "sizes": grid(train=(10, 25, 50, 100, 200), data=("acac",),
-                  method=("foundation", "full", "elora products", "mmea products")),
+    "sizes": sizes,
     "ranks": grid(rank=(1, 2, 4, 8, 16, 32, 64), data=("ethanol",), method=("elora products", "mmea products")),
     "ablations": grid(data=("ethanol",), method=("mmea products", *ABLATED)),
     "small": small,

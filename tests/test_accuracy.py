@@ -180,6 +180,16 @@ def test_cells_wait_for_their_learning_rate(benchmark):
     assert len(set(every)) < len(every)  # experiments share cells
 
 
+def test_any_number_of_configurations_takes_as_many_steps(benchmark):
+    cells = benchmark("cells")
+    sizes = list(cells.sizes({}, dict.fromkeys(cells.TRAINED, 0.01)))
+    assert {cell.train for cell in sizes} == {10, 25, 50, 100, 200}
+    for cell in sizes:
+        options = cell.options()
+        assert options["max_num_epochs"] * cell.train / options["batch_size"] == 2000
+        assert options["max_num_epochs"] / options["eval_interval"] <= 200
+
+
 def test_the_report_has_what_was_measured(benchmark, docs):
     cells, report = benchmark("cells"), benchmark("accuracy_report")
     swept = {cell.key: result(cells, cell, 0.1 / cell.lr) for cell in cells.sweep({}, {})}
