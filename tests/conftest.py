@@ -1,5 +1,6 @@
 """``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``."""
 
+import gc
 import types
 import unittest.mock
 
@@ -9,12 +10,15 @@ from forks import remember_sources
 from mace.cli import run_train
 from mace.tools import cg
 from releases import since
-from remembered import remember_models
+from remembered import remember_generated_code, remember_models
 
 
 def pytest_configure(config):
     remember_sources()
     remember_models()
+    remember_generated_code()
+    gc.freeze()  # what has been imported is no garbage, and models are many objects: less often is it searched for
+    gc.set_threshold(100_000)
     keep_coefficients_exact()
     config.addinivalue_line("markers", "since(release): deselected before that release of mace-torch")
 

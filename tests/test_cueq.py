@@ -73,7 +73,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method, targets", [*((method, "published") for method in METHODS), ("mmea", "all")])
+@pytest.mark.parametrize("method, targets", [("mmea", "all"), ("elora-static", "all")])
 @pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.since(since), id=name)
                                      for name, (since, options) in OTHERS.items()])
 def test_other_bases_too(options, method, targets):

@@ -14,8 +14,10 @@ from tiny import assert_close, assert_equal, batch, configurations, predict, ran
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.foundation import rebuild
 
-ADAPTERS = [(method, targets) for method in ("mmea", "elora") for targets in ("products", "published")]
-ADAPTERS += [("mmea", "all")]
+# every kind of adapter on every kind of module
+ADAPTERS = [PeftConfig("mmea", rank=2, targets="published"), PeftConfig("mmea", rank=2, targets="all"),
+            PeftConfig("elora", rank=2, targets="all", gate="static")]
+EACH_ADAPTER = pytest.mark.parametrize("config", ADAPTERS, ids=["mmea-published", "mmea-all", "elora-static-all"])
 DENSITY, NON_LINEAR = "RealAgnosticDensityResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock"
 ATTENTION = "RealAgnosticAttResidualInteractionBlock"
 STATE = {"total_charge": {"type": "continuous", "in_dim": 1, "emb_dim": 4, "per": "graph"},
@@ -116,11 +118,11 @@ def test_every_interaction_of_mace_is_among_the_families():
     assert set(modules.interaction_classes) <= tried
 
 
-@pytest.mark.parametrize("method, targets", ADAPTERS)
-def test_adapters_work_on_the_family(family, method, targets, tmp_path):
+@EACH_ADAPTER
+def test_adapters_work_on_the_family(family, config, tmp_path):
     """They start at the base, move it, turn with the molecule, train, and come back from a copy and a directory."""
     name, model, expected = family
-    inject(model, PeftConfig(method, rank=2, targets=targets))
+    inject(model, config)
     try:
         assert_equal(settled(model), expected)
         energies, forces = trained = predict(randomise(model, scale=0.3), structures())
@@ -193,12 +195,12 @@ def outputs(model) -> list[torch.Tensor]:
     return [output[name].detach() for name in names if output.get(name) is not None]
 
 
-@pytest.mark.parametrize("method, targets", ADAPTERS)
+@EACH_ADAPTER
 @pytest.mark.parametrize("name", DIPOLES)
-def test_models_of_dipoles_can_be_adapted_in_python(name, method, targets, tmp_path):
+def test_models_of_dipoles_can_be_adapted_in_python(name, config, tmp_path):
     model = dipole_model(name)
     expected = outputs(model)
-    inject(model, PeftConfig(method, rank=2, targets=targets))
+    inject(model, config)
     assert_equal(outputs(model), expected)
     trained = outputs(randomise(model, scale=0.3))
     for a, b in zip(trained, expected, strict=True):

@@ -361,14 +361,10 @@ def test_what_needs_adapters_says_so(model, action):
 
 NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
 NEWER = pytest.mark.since("0.3.14")  # has that block
-OTHER_MODELS = {
-    "density": {"first": "RealAgnosticDensityInteractionBlock", "later": "RealAgnosticDensityResidualInteractionBlock"},
-    "non-linear": {"first": NON_LINEAR, "later": NON_LINEAR},
+OTHER_MODELS = {  # beside those of test_families.py
     "non-linear later": {"later": NON_LINEAR},
     "residual first": {"first": "RealAgnosticResidualInteractionBlock"},
-    "one interaction": {"interactions": 1},
     "two heads": {"heads": ("one", "two")},
-    "not scaled": {"model_class": modules.MACE},
 }
 
 
