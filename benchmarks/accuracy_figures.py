@@ -42,7 +42,9 @@ def draw_curves(found: Results) -> plt.Figure:
                 values = [1e3 * value for value in found.results[cell.key]["curve"]["mae_f"]]
                 panel.semilogy(values, label=method, color=STYLES[method][0], linestyle=STYLES[method][1], linewidth=1)
         panel.set(title=name, xlabel="epoch", ylabel="force MAE, validation (meV/A)")
-        panel.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+        limits, ticks = panel.get_ylim(), (5, 10, 20, 50, 100, 200, 500)
+        panel.set_yticks(ticks, map(str, ticks))
+        panel.set_ylim(limits)
         panel.minorticks_off()
     return labelled(figure)
 

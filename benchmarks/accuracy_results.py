@@ -28,8 +28,9 @@ class Results:
         values = self.values(cells, test, error)
         if not values:
             return ""
-        spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-        return f"{mean(values):.1f}{spread}"
+        digits = 1 if mean(values) >= 10 else 2
+        spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
 
     def percent(self, method: str) -> list[float]:
         """Parameters that the method trains, of those of the model, by the molecules' models; empty if not measured."""
