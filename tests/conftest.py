@@ -12,6 +12,9 @@ from mace.tools import cg
 from releases import since
 from remembered import remember_generated_code, remember_models
 
+# start first: or one of them goes on alone when all others have ended
+LONG = ("test_contract", "test_cueq", "test_families", "test_train")
+
 
 def pytest_configure(config):
     remember_sources()
@@ -42,6 +45,7 @@ def keep_coefficients_exact():
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
     early = [item for item in items if not all(since(mark.args[0]) for mark in item.iter_markers("since"))]
     if early:
         config.hook.pytest_deselected(items=early)

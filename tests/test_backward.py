@@ -12,14 +12,13 @@ from e3nn import o3
 from mace.modules import WeightedEnergyForcesLoss
 from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
-from test_families import OPTIONS, families
-from tiny import assert_close, assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
+from tiny import assert_close, assert_equal, configurations, loaded, predict, randomise, tiny_mace
 from torch import fx
 from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, contractions, inject, trainable_parameters
 from mace_peft.backward import backward_to
-from mace_peft.contractions import contract_as_mace, contract_by_element
+from mace_peft.contractions import contract_by_element
 from mace_peft.messages import SplitProduct, cut_by_split, is_cut, restore_messages, split_code, split_messages
 
 STEPS = 20
@@ -76,18 +75,6 @@ def test_a_run_ends_as_with_the_steps_of_mace(tmp_path, monkeypatch):
 # --- contractions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", families())
-def test_contractions_of_every_family_are_the_same(name):
-    model = tiny_mace(**OPTIONS[name])
-    expected = second_order(model)
-    with contract_by_element():
-        found = second_order(model)
-        with contract_as_mace():
-            assert_equal(second_order(model), expected)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert_equal(second_order(model), expected)
-
-
 @pytest.mark.parametrize("correlation", [1, 2, 3, 4])
 @pytest.mark.parametrize("irrep_out", ["0e", "1o", "2e"])
 def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkeypatch):
@@ -117,25 +104,6 @@ def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkey
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def second_order(model) -> list[torch.Tensor]:
-    """Energies, forces, and what a loss of the forces gives every parameter."""
-    model.zero_grad()
-    output = model(batch(model, configurations(3)), training=True, compute_force=True)
-    output["forces"].pow(2).sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [output["energy"].detach(), output["forces"].detach(), *gradients]
-
-
-@pytest.mark.parametrize("name", families())
-def test_messages_of_every_family_are_the_same(name):
-    model = tiny_mace(dtype=torch.float32, **OPTIONS[name]).double()  # whose constants are rounded
-    expected = second_order(model)
-    assert len(expected) > 10
-    split_messages(model)
-    assert any(isinstance(module, SplitProduct) for module in model.modules())
-    torch.testing.assert_close(second_order(model), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_code_has_neither_slices_nor_joins_of_torch():

@@ -27,7 +27,7 @@ def foundation(polar=False, **options):
 
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
 METHODS = ("mmea", "elora", "static")  # static: mmea with static gains
-EVERY = [(method, targets) for method in METHODS for targets in ("products", "linears", "published")]
+EVERY = [(method, targets) for method in METHODS for targets in ("products", "published")]
 EVERY += [("elora-static", "all"), ("mmea", "all")]
 PARTS = [(method, "interactions.*.skip_tp") for method in METHODS]
 PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "static")]
@@ -102,9 +102,8 @@ def test_a_base_that_mace_cannot_convert_is_refused():
 # --- models that have been trained ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["products", "all"])
-def test_gates_go_to_cuequivariance_with_the_model_and_back(targets, tmp_path):
-    model = new("mmea", targets)
+def test_gates_go_to_cuequivariance_with_the_model_and_back(tmp_path):
+    model = new("mmea", "all")
     torch.save(model, tmp_path / "adapted.model")
     structures = configurations(2)
     for structure in structures:
@@ -120,7 +119,7 @@ def test_gates_go_to_cuequivariance_with_the_model_and_back(targets, tmp_path):
     save_adapter(back, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("method, targets", [("elora", "products"), ("elora", "linears"), ("mmea", "published")])
+@pytest.mark.parametrize("method, targets", [("elora", "products"), ("mmea", "published")])
 def test_updates_do_not_go_to_cuequivariance_unmerged(method, targets):
     with pytest.raises(PeftError, match="merge them into its weights"):
         convert_e3nn_cueq.run(new(method, targets))

@@ -12,7 +12,9 @@ from releases import since
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.foundation import rebuild
+from mace_peft.messages import SplitProduct, split_messages
 
 # every kind of adapter on every kind of module
 ADAPTERS = [PeftConfig("mmea", rank=2, targets="published"), PeftConfig("mmea", rank=2, targets="all"),
@@ -161,6 +163,38 @@ def test_the_family_keeps_its_weights_with_fewer_elements_or_says_that_it_cannot
             rebuild(model, [1, 8], ["Default"], [E0s])
     else:
         assert_close(predict(rebuild(model, [1, 8], ["Default"], [E0s]), water), predict(model, water))
+
+
+# --- cheaper steps (test_backward.py) ---------------------------------------------------------------------------------
+
+
+def second_order(model) -> list[torch.Tensor]:
+    """Energies, forces, and what a loss of the forces gives every parameter."""
+    model.zero_grad()
+    output = model(batch(model, configurations(3)), training=True, compute_force=True)
+    output["forces"].pow(2).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [output["energy"].detach(), output["forces"].detach(), *gradients]
+
+
+def test_contractions_by_element_are_the_same(family):
+    model = copy.deepcopy(family[1])
+    expected = second_order(model)
+    with contract_by_element():
+        found = second_order(model)
+        with contract_as_mace():
+            assert_equal(second_order(model), expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert_equal(second_order(model), expected)
+
+
+def test_messages_that_copy_less_are_the_same(family):
+    model = copy.deepcopy(family[1]).float().double()  # whose constants are rounded
+    expected = second_order(model)
+    assert len(expected) > 10
+    split_messages(model)
+    assert any(isinstance(module, SplitProduct) for module in model.modules())
+    torch.testing.assert_close(second_order(model), expected, rtol=1e-10, atol=1e-12)
 
 
 # --- models of dipoles ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from runs import (
     STAGES,
     Run,
     environment,
+    fork,
     reach_training,
     train,
     train_here,
@@ -108,7 +109,7 @@ def finished(tmp_path_factory):
         case = CASES[name]
         folder = write_inputs(tmp_path_factory.mktemp(name), case.molecule)
         if not case.as_yaml:
-            return train(folder, *case.flags, **case.more, **case.peft)
+            return fork(folder, *case.flags, **case.more, **case.peft)
         (folder / "peft.yaml").write_text(yaml.safe_dump(case.peft))
         return train(folder, *case.flags, f"--config={folder / 'peft.yaml'}", **case.more)
 
