@@ -131,10 +131,11 @@ def chosen(found: Results) -> str:
     for cell in [cell for cell in cells if cell.budget is None]:
         count = found.results[cell.key]["parameters"]
         other = [one for one in cells if one.data == cell.data and one.budget == str(count)]
-        pairs = [(found.values([one], one.tests[-1], "mae_e")[0], found.values([one], one.tests[-1], "mae_f")[0])
-                 for one in (cell, *other)]
-        rows.append([cell.data, str(cell.rank), f"{count:,}", *(f"{value:.1f}" for pair in pairs for value in pair),
-                     *([f"{pairs[1][1] / pairs[0][1]:.3f}"] if other else ["", "", ""])])
+        test = cell.tests[-1]
+        shown = [found.shown(one, test, error) for one in ([cell], other) for error in ("mae_e", "mae_f")]
+        forces = found.values([cell, *other], test, "mae_f")
+        rows.append([cell.data, str(cell.rank), f"{count:,}", *shown,
+                     f"{forces[1] / forces[0]:.3f}" if other else ""])
     return table(["MAE", "rank", "parameters", "E", "F", "chosen ranks: E", "F", "F, chosen / one rank"], rows)
 
 
