@@ -80,14 +80,12 @@ def rates(found: Results) -> str:
     return table(["lr", *(f"{lr:g}" for lr in LADDER)], rows)
 
 
-def by(found: Results, experiment: str, setting: str, test: str, label: str) -> str:
-    """Energy and force MAE of each method of the experiment against a setting."""
-    cells = found.cells(experiment)
-    values = list(dict.fromkeys(getattr(cell, setting) for cell in cells))
-    return table([label, *(f"{value} {error}" for value in values for error in ("E", "F"))], [
-        [method, *(found.shown([cell for cell in cells if cell.method == method and getattr(cell, setting) == value],
-                               test, error) for value in values for error in ("mae_e", "mae_f"))]
-        for method in dict.fromkeys(cell.method for cell in cells)])
+def by(found: Results, experiment: str, setting: str, test: str, *header: str) -> str:
+    """Energy and force MAE of each method of the experiment, and for each a row for each value of a setting."""
+    cells = sorted(found.cells(experiment), key=lambda cell: COMPARED.index(cell.method))
+    return table([*header, "trained", "E", "F"], [
+        [cell.method, str(getattr(cell, setting)), f"{found.results[cell.key]['parameters']:,}",
+         *(found.shown([cell], test, error) for error in ("mae_e", "mae_f"))] for cell in cells])
 
 
 def ablated(found: Results) -> str:
@@ -176,11 +174,11 @@ def write_report(results: dict[str, dict]) -> None:
         "versions": versions([result["environment"] for result in results.values()]),
         "molecules": molecules(found), "acac": acac(found),
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
-        "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE, by rank"),
+        "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE", "rank"),
         "small": small_budget(found), "chosen": chosen(found),
         "messages": messages(found),
-        "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE, by training configurations"),
-        "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE, by E0s")}
+        "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE", "configurations"),
+        "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE", "E0s")}
     fill(DOCS / "results.md", {name: part for name, part in parts.items() if f"<!-- {name} -->" in page})
     drawn = {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}
     for name, draw in drawn.items():

@@ -26,9 +26,9 @@ def fill(page: Path, parts: dict[str, str]) -> None:
 
 
 def versions(environments: list[dict]) -> str:
-    """Where it was measured, a line for each machine and set of packages, with the commits."""
+    """Where it was measured, a line for each machine and set of packages, with the commits, shortened."""
     commits: dict[str, dict[str, None]] = {}
     for found in environments:
         packages = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-        commits.setdefault(f"{found['machine']}; {packages}.", {})[found["commit"]] = None
+        commits.setdefault(f"{found['machine']}; {packages}.", {})[found["commit"][:10]] = None
     return "\n".join(f"Commit {', '.join(names)}; {where}" for where, names in commits.items())
