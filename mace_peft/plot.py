@@ -113,7 +113,8 @@ def draw_static_gains(gains: dict) -> Figure:
     axes = figure.subplots()
     figure.suptitle(f"{TITLES[gains['peft']['method']]}, static gains")
     axes.axvline(1, color="black", linestyle=":", linewidth=1)
-    axes.boxplot(list(units.values()), vert=False, whis=(1, 99), showfliers=False, medianprops={"color": "black"})
+    axes.boxplot(list(units.values()), orientation="horizontal", whis=(1, 99), showfliers=False,
+                 medianprops={"color": "black"})
     axes.set_yticks(range(1, len(units) + 1), [f"{name} ({len(values)})" for name, values in units.items()])
     axes.invert_yaxis()
     axes.set_xlabel("gain (dimensionless): median, quartiles, 1st and 99th percentile over channels (their number)")
