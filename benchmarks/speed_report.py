@@ -22,7 +22,7 @@ def ratios(times: dict[str, list[float]], of: str, to: str) -> list[float]:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median, and the middle half."""
+    """Median, and the middle half; of fewer than four, all."""
     low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
     return f"{median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
@@ -33,10 +33,11 @@ def title(cell: dict) -> str:
 
 
 def steps(cells: list[dict]) -> str:
-    names = ["MACE LoRA", *METHODS]
-    return table(["training step / full", "full, s", *names],
-                 [[title(cell), f"{median(cell['step']['full']):.2f}",
-                   *(spread(ratios(cell["step"], name, "full")) for name in names)] for cell in cells])
+    names = ["full, cheaper", "MACE LoRA", *METHODS]
+    return table(["training step / full", "rounds", "full, s", *names],
+                 [[title(cell), str(len(cell["step"]["full"])), f"{median(cell['step']['full']):.2f}",
+                   *(spread(ratios(cell["step"], name, "full")) if name in cell["step"] else "" for name in names)]
+                  for cell in cells])
 
 
 def levers(cells: list[dict]) -> str:
