@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mace_peft.config import PeftError, check_choice, did_you_mean
+from mace_peft.files import REMEDY, write_complete
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import fold
 from mace_peft.loading import load_adapter
@@ -65,24 +68,24 @@ def deployable(
     return fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval()
 
 
-def save_model(model: nn.Module, path: Path, head: str) -> None:
-    torch.save(model, path)
+def save_model(model: nn.Module, file: BinaryIO, head: str) -> None:
+    torch.save(model, file)
 
 
-def save_torchscript(model: nn.Module, path: Path, head: str) -> None:
-    torch.jit.save(jit.compile(model), path)
+def save_torchscript(model: nn.Module, file: BinaryIO, head: str) -> None:
+    torch.jit.save(jit.compile(model), file)
 
 
-def save_lammps(model: nn.Module, path: Path, head: str) -> None:
-    jit.compile(LAMMPS_MACE(model, head=head)).save(path)
+def save_lammps(model: nn.Module, file: BinaryIO, head: str) -> None:
+    torch.jit.save(jit.compile(LAMMPS_MACE(model, head=head)), file)
 
 
-def save_lammps_mliap(model: nn.Module, path: Path, head: str) -> None:
+def save_lammps_mliap(model: nn.Module, file: BinaryIO, head: str) -> None:
     model.lammps_mliap = True
-    torch.save(LAMMPS_MLIAP_MACE(model, head=head), path)
+    torch.save(LAMMPS_MLIAP_MACE(model, head=head), file)
 
 
-FORMATS: dict[str, Callable[[nn.Module, Path, str], None]] = {
+FORMATS: dict[str, Callable[[nn.Module, BinaryIO, str], None]] = {
     "model": save_model,
     "torchscript": save_torchscript,
     "lammps": save_lammps,
@@ -98,7 +101,7 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
     ``pair_style mace``; ``lammps-mliap``, for ``pair_style mliap unified``. head: the one for LAMMPS to use, where
     there are several.
 
-    Raises PeftError if something does not fit. The file is there complete, or not at all.
+    Raises PeftError if something does not fit, or cannot be written. The file is there complete, or not at all.
     """
     path = Path(out)
     if not path.parent.is_dir():
@@ -113,7 +116,9 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
         needs = COMPILED.get(format, "mace-torch and mace-peft" if is_adapted(model) else "mace-torch")
         progress.update()
         progress.set_description(f"write {format}")
-        write_whole(path, lambda unfinished: FORMATS[format](model, unfinished, head))
+        content = io.BytesIO()  # torch's own writers may end the process where the disk is full
+        FORMATS[format](model, content, head)
+        write_complete(path, content.getbuffer(), remedy=REMEDY)
         progress.update(2)
     return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"
 
@@ -130,13 +135,3 @@ def choose_head(model: nn.Module, head: str | None, format: str) -> str:
     if not format.startswith("lammps"):
         raise PeftError(f"--head {head} has no effect on the format {format}, which keeps every head: leave it out")
     return head
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make the file under another name, and put it in place once it is complete."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

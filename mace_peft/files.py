@@ -13,26 +13,29 @@ from mace_peft.config import PeftError, one_line
 
 # what a disk that is full, over its quota or read-only says, and a file above the limit of the process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+REMEDY = "make room or give it another place"
 
 
 @contextlib.contextmanager
-def one_line_errors(what: object, only: Collection[int] | None = None) -> Iterator[None]:
+def one_line_errors(what: object, only: Collection[int] | None = None, *,
+                    remedy: str = f"{REMEDY}, and go on with --restart_latest") -> Iterator[None]:
     """Raise PeftError in the place of an OSError (of only these numbers) that kept ``what`` from being written."""
     try:
         yield
     except OSError as error:
         if only is not None and error.errno not in only:
             raise
-        raise PeftError(f"{what} cannot be written ({error.strerror or one_line(error)}): make room or give it another "
-                        "place, and go on with --restart_latest") from None
+        raise PeftError(f"{what} cannot be written ({error.strerror or one_line(error)}): {remedy}") from None
 
 
-def write_complete(path: str | os.PathLike, content: bytes | memoryview, unfinished: str | os.PathLike) -> None:
+def write_complete(path: str | os.PathLike, content: bytes | memoryview, unfinished: str | os.PathLike | None = None,
+                   **remedy: str) -> None:
     """Write the file under the name ``unfinished``, then give it its own: killed, or on a full disk, none is cut short.
 
-    Raises PeftError if it cannot be written.
+    Raises PeftError if it cannot be written, with the ``remedy``, see ``one_line_errors``.
     """
-    with one_line_errors(path):
+    unfinished = unfinished or f"{os.fspath(path)}.unfinished"
+    with one_line_errors(path, **remedy):
         try:
             with open(unfinished, "wb") as file:
                 file.write(content)
@@ -52,6 +55,6 @@ def complete(save: Callable) -> Callable:
             return save(obj, f, *args, **kwargs)
         content = io.BytesIO()
         save(obj, content, *args, **kwargs)
-        write_complete(f, content.getbuffer(), f"{os.fspath(f)}.unfinished")
+        write_complete(f, content.getbuffer())
 
     return save_complete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mace_peft.adapted import LowRank
 from mace_peft.config import PeftError, one_line
+from mace_peft.files import REMEDY, write_complete
 from mace_peft.foundation import load_foundation
 from mace_peft.loading import load_adapter
 from mace_peft.measure import gain_statistics, gates_with_gains, static_gains, update_spectra
@@ -34,7 +36,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     ``DIR_gains.png``: the gains of MMEA's gates at the atoms of the structures, a file that ASE reads; or static gains.
     ``DIR_updates.png``: the singular values of the low-rank updates (ELoRA, and MMEA at ``published``).
 
-    Raises PeftError if there is nothing to draw, or if something does not fit.
+    Raises PeftError if there is nothing to draw, if something does not fit, or if a file cannot be written.
     """
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
@@ -55,7 +57,9 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     directory = Path(adapter).resolve()
     paths = [directory.with_name(f"{directory.name}_{name}.png") for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path)
+        content = io.BytesIO()
+        figure.savefig(content)
+        write_complete(path, content.getbuffer(), remedy=REMEDY)
     return paths
 
 

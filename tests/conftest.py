@@ -1,6 +1,7 @@
 """``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``."""
 
 import gc
+import resource
 import types
 import unittest.mock
 
@@ -64,6 +65,15 @@ def default_dtype():
 def double_precision():
     """As in a run: MACE's loss and metrics, and its conversions to cuEquivariance, have the default dtype."""
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def small_files():
+    """The file systems take no file of more than 1000 bytes meanwhile, as if full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")

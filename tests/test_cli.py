@@ -126,6 +126,15 @@ def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
     assert {path.name for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("arguments, name", [(["export", FOUNDATION, "elora", "out.model"], "out.model"),
+                                             (["plot", "elora", "--foundation", FOUNDATION], "elora_updates.png")])
+def test_what_the_disk_does_not_take_is_one_line(refusal, folder, small_files, arguments, name):
+    before = {path: path.stat().st_size for path in folder.iterdir()}
+    line = refusal(*arguments)
+    assert line.endswith(f"{name} cannot be written (File too large): make room or give it another place")
+    assert {path: path.stat().st_size for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("arguments", [[], ["export"], ["plot", "mmea"], ["export", *"abc", "--format", "lamps"]],
                          ids=" ".join)
 def test_wrong_usage_has_exit_code_2(command, capsys, arguments):

@@ -326,14 +326,13 @@ def test_a_dtype_that_torch_has_no_model_for_is_refused(folder):
         calculator(folder / "foundation.model", folder / "mmea-products", default_dtype="float65")
 
 
-def test_an_export_that_fails_leaves_no_file(folder, tmp_path, monkeypatch):
-    def fail(model, path, head):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setitem(deploy.FORMATS, "model", fail)
-    with pytest.raises(OSError):
-        export(str(folder / "foundation.model"), str(folder / "mmea-products"), str(tmp_path / "out"), "model")
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_that_fails_leaves_no_file(folder, tmp_path, small_files, format):
+    with pytest.raises(PeftError, match=r"out cannot be written \(File too large\): make room or give .* place$"):
+        export(str(folder / "foundation.model"), str(folder / "mmea-products"), str(tmp_path / "out"), format)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_take_no_file_are_refused(folder, tmp_path):
     with pytest.raises(PeftError, match="is no directory"):
         export(str(folder / "foundation.model"), str(folder / "mmea-products"), str(tmp_path / "no" / "out"), "model")
