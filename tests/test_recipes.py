@@ -1,7 +1,9 @@
 """Every recipe runs, for an epoch on a small foundation; the data sets are fetched, checked and split."""
 
 import importlib
+import re
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import ase.io
@@ -11,6 +13,8 @@ import yaml
 from forks import Forked
 from runs import finish, write_inputs
 from tiny import configurations, tiny_mace
+
+from mace_peft.options import read_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 YAMLS = sorted(RECIPES.rglob("*.yaml"))
@@ -53,6 +57,16 @@ def test_the_recipe_runs(recipe, inputs, tmp_path):
 def test_the_readme_names_the_recipe_and_its_data(recipe):
     readme = (RECIPES / "README.md").read_text()
     assert f"[{recipe.name}]({recipe.name})" in readme
+
+
+def test_each_method_that_the_readme_names_goes_with_the_recipe_for_ones_own_data():
+    rows = re.findall(r"`(--lr [^`]* --peft [^`]*)`", (RECIPES.parent / "README.md").read_text())
+    recipe = {name: value for name, value in yaml.safe_load((RECIPES / "own_data.yaml").read_text()).items()
+              if name.startswith("peft")}
+    assert len(rows) >= 4 and recipe
+    for row in rows:
+        options = dict(re.findall(r"--(peft\w*) (\S+)", row))
+        assert read_settings(Namespace(**recipe | options)) == read_settings(Namespace(**options)), row
 
 
 @pytest.fixture
