@@ -7,7 +7,20 @@ import time
 import pytest
 import torch
 from releases import since
-from runs import NAME, SEED, Run, arguments, call, reach_training, relabel, start, train_here, write_inputs
+from runs import (
+    E0S,
+    MOLECULE,
+    NAME,
+    SEED,
+    Run,
+    arguments,
+    call,
+    reach_training,
+    relabel,
+    start,
+    train_here,
+    write_inputs,
+)
 from tiny import tiny_mace
 
 from mace_peft.checkpoints import measures
@@ -185,8 +198,9 @@ def test_a_checkpoint_of_another_foundation_stops(folder, refusal, foundation):
     assert "restart with the options it was made with, or give this run another --name" in message
 
 
-def test_a_checkpoint_of_other_E0s_stops(folder, refusal):
-    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS, E0s="average")
+@pytest.mark.parametrize("E0s", ["average", E0S[MOLECULE].replace("-0.7", "-0.700001")])
+def test_a_checkpoint_of_other_E0s_stops(folder, refusal, E0s):
+    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS, E0s=E0s)
     assert "other E0s" in message and "restart with the options it was made with" in message
 
 
