@@ -54,6 +54,8 @@ class PeftConfig:
         check_choice("--peft", self.method, METHODS)
         check_choice("--peft_gate", self.gate, GATES)
         automatic = self.rank == "auto"
+        if automatic and not self.has_rank:
+            raise PeftError("--peft_rank auto has no effect on static gains, which have no rank: leave it out")
         if automatic:
             object.__setattr__(self, "budget", check_budget(DEFAULT_BUDGET if self.budget is None else self.budget))
         elif self.rank_pattern is not None:
@@ -71,6 +73,9 @@ class PeftConfig:
         if not isinstance(self.train_also, (str, type(None))):
             raise PeftError(f"--peft_train_also {self.train_also!r} is no text: use comma-separated glob patterns "
                             "such as 'readouts.*'")
+        if self.train_also is not None and not split_patterns(self.train_also):
+            raise PeftError(f"--peft_train_also {self.train_also!r} names no parameter: use comma-separated glob "
+                            "patterns such as 'readouts.*', or leave it out")
         if not isinstance(self.targets, str) or not split_patterns(self.targets):
             raise PeftError(f"--peft_targets {self.targets!r} names no module: {describe_targets()}")
         # plain numbers, whatever number types came in: they go to JSON
@@ -78,7 +83,7 @@ class PeftConfig:
                             "alpha": None if alpha is None else float(alpha)}.items():
             object.__setattr__(self, name, value)
         if self.rank_pattern is not None:  # hashable, as all settings are
-            object.__setattr__(self, "rank_pattern", tuple(sorted(dict(self.rank_pattern).items())))
+            object.__setattr__(self, "rank_pattern", check_ranks(self.rank_pattern))
 
     @property
     def has_rank(self) -> bool:
@@ -133,6 +138,20 @@ def check_budget(budget: object) -> str:
         raise PeftError(f"--peft_budget {budget} is not allowed: use a share of the base's parameters, such as 5%, or "
                         "a whole number of them")
     return text
+
+
+def check_ranks(pattern: object) -> tuple[tuple[str, int], ...]:
+    """Names of modules and their ranks, sorted. Raises PeftError for what is neither."""
+    try:
+        ranks = dict(pattern)
+    except (TypeError, ValueError):
+        raise PeftError(f"rank_pattern {pattern!r} is no table of ranks: use {{name of a module: rank}}") from None
+    for name, rank in ranks.items():
+        if not isinstance(name, str):
+            raise PeftError(f"rank_pattern {name!r} is no name of a module: use {{name of a module: rank}}")
+        check_number(f"rank_pattern {name}", rank, Integral, lambda rank: 1 <= rank <= 10**6,
+                     "a whole number of at least 1, up to a million")
+    return tuple(sorted((name, int(rank)) for name, rank in ranks.items()))
 
 
 def split_patterns(patterns: str | None) -> list[str]:

@@ -63,7 +63,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     """The targets of the settings in this model (``find_targets``); changes nothing.
 
     Raises PeftError if the model has adapters already, if a placement or pattern finds nothing, or if the rank is
-    above the largest that is of use to any target.
+    above the largest that is of use to any target, or one of several to its own.
     """
     if is_adapted(model):
         raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
@@ -75,9 +75,16 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
 
 
 def check_rank(model: nn.Module, targets: dict[str, type], config: PeftConfig) -> None:
-    if not config.has_rank or config.rank == "auto":
+    if not config.has_rank:
         return
-    largest = {name: adapted.largest_rank(model.get_submodule(name)) for name, adapted in targets.items()}
+    ranked = targets if config.rank != "auto" else dict(config.rank_pattern or ())
+    largest = {name: targets[name].largest_rank(model.get_submodule(name)) for name in ranked}
+    if config.rank == "auto":
+        for name, rank in ranked.items():
+            if rank > largest[name]:
+                raise PeftError(f"rank_pattern {name} {rank} is more than that module can use: the largest useful rank "
+                                f"there is {largest[name]}")
+        return
     widest = max(largest, key=largest.get)
     if config.rank > largest[widest]:
         if not largest[widest]:

@@ -24,8 +24,11 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
     foundation that has an adapter already swaps it for this one. No code from the directory runs.
 
-    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights.
+    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights, and if the
+    foundation is no model.
     """
+    if not isinstance(foundation, nn.Module):
+        raise PeftError(f"the foundation {str(foundation)!r} is no model: load its file with torch.load first")
     config, description, tensors = read_adapter(directory)
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)

@@ -55,8 +55,10 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     """The settings with ``rank_pattern`` for this model, which has no adapters and stays as it is.
 
     ``differentiate(model)`` leaves the gradients of the loss in the parameters of the model that it is given. Raises
-    PeftError if the budget is too small for any adapter, or if a gradient is not finite.
+    PeftError if the rank is not ``auto``, if the budget is too small for any adapter, or if a gradient is not finite.
     """
+    if config.rank != "auto":
+        raise PeftError(f"rank {config.rank} leaves no ranks to choose: use rank auto")
     base = sum(parameter.numel() for parameter in model.parameters())
     budget = budget_of(config, base)
     # what is made here, on the CPU, is not what trains: the run's random numbers go on as before

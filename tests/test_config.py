@@ -35,6 +35,11 @@ REFUSED = [
     ({"targets": None}, ["--peft_targets", "None", "products, linears, published", "glob"]),
     ({"targets": ["products.*"]}, ["--peft_targets", "products.*", "products, linears, published", "glob"]),
     ({"train_also": ["readouts.*"]}, ["--peft_train_also", "readouts.*", "comma-separated"]),
+    ({"train_also": " , "}, ["--peft_train_also", "' , '", "leave it out"]),
+    ({"rank": "auto", "gate": "static"}, ["--peft_rank auto", "static gains", "leave it out"]),
+    ({"rank": "auto", "rank_pattern": 5}, ["rank_pattern 5", "{name of a module: rank}"]),
+    ({"rank": "auto", "rank_pattern": {5: 5}}, ["rank_pattern 5", "{name of a module: rank}"]),
+    ({"rank": "auto", "rank_pattern": {"linear": 0}}, ["rank_pattern linear", "0", "at least 1"]),
 ]
 
 

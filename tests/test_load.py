@@ -207,6 +207,11 @@ def test_weights_that_would_lose_adapters_are_refused_inside_another_module():
         torch.nn.Sequential(model).load_state_dict(state, strict=False)
 
 
+def test_a_file_is_no_foundation(tmp_path):
+    with pytest.raises(PeftError, match=r"'foundation.model' is no model: load its file with torch.load first"):
+        load_adapter("foundation.model", tmp_path)
+
+
 def test_other_weights_are_refused_and_left_alone(tmp_path):
     save_adapter(inject(tiny_mace(), PeftConfig("mmea", rank=2)), tmp_path / "a")
     other = tiny_mace(seed=5)

@@ -191,6 +191,16 @@ def test_what_does_not_fit_together_is_refused():
     other = chosen(CASES["elora"])
     assert "--peft_targets products" in fails(settings_from, other, {"targets": "products"}, "the file")
     assert "no target" in fails(inject, tiny_mace(interactions=1), other)
+    assert "leaves no ranks to choose" in fails(choose_ranks, tiny_mace(), PeftConfig("elora"), differentiate)
+
+
+def test_a_rank_above_what_its_module_can_use_leaves_the_model_as_it_was():
+    model = tiny_mace()
+    before = {name: type(module) for name, module in model.named_modules()}
+    ranks = {"interactions.0.linear_up": 2, "products.1.linear": 4000}
+    message = fails(inject, model, dataclasses.replace(CASES["elora"], targets="linears", rank_pattern=ranks))
+    assert "products.1.linear 4000" in message and "largest useful rank there is" in message
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_settings_of_an_adapter_to_start_from():
