@@ -120,11 +120,15 @@ def check_options(args: argparse.Namespace) -> None:
     if not args.foundation_filter_elements:
         raise PeftError("--foundation_filter_elements False leaves the readouts at random values, which --peft would "
                         "freeze: leave it out")
+    if os.sep in args.name:
+        raise PeftError(f"--name {args.name} has a {os.sep}, and MACE would not find its checkpoints again: give the "
+                        "folder by --work_dir")
     for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
                          "log_dir": "logs"}.items():
         check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
     for stage in ("", "_stagetwo"):
         check_free(adapter_directory(args, stage))
+    check_foundation_stays(args)
 
 
 def check_cueq(args: argparse.Namespace) -> None:
@@ -162,6 +166,18 @@ def check_free(directory: Path) -> None:
     if taken:
         raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or give "
                         "this run another --name")
+
+
+def check_foundation_stays(args: argparse.Namespace) -> None:
+    """Raise PeftError if a model that the run writes takes the place of the foundation, which the adapter needs."""
+    foundation = Path(args.foundation_model)
+    checkpoints = Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
+    stages = ("", "_stagetwo") if args.swa else ("",)
+    for beginning in (checkpoints, Path(args.model_dir or args.work_dir, args.name)):
+        for path in [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")]:
+            if path.exists() and foundation.exists() and path.samefile(foundation):
+                raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
+                                "adapter needs: give this run another --name")
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:

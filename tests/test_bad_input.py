@@ -4,6 +4,7 @@ import importlib.util
 import io
 import re
 
+import ase.io
 import pytest
 import torch
 import yaml
@@ -11,7 +12,7 @@ from e3nn.util import jit
 from mace import modules
 from mace.cli import run_train
 from runs import arguments, call, reach_training, train_here, write_inputs
-from tiny import tiny_mace
+from tiny import configurations, tiny_mace
 
 from mace_peft import PeftConfig, inject
 
@@ -67,6 +68,7 @@ BAD_COMBINATIONS = {
     "freeze": ({"freeze": 5}, ["--freeze 5", "--peft freezes", "leave it out"]),
     "enable_oeq": ({"enable_oeq": True}, ["--enable_oeq True", "OpenEquivariance", "leave it out"]),
     "random readouts": ({"foundation_filter_elements": False}, ["--foundation_filter_elements False", "leave it out"]),
+    "slash": ({"name": "sub/x"}, ["--name sub/x has a /", "--work_dir"]),
     "model": ({"model": "AtomicDipolesMACE"}, ["--model AtomicDipolesMACE", "new model", "ScaleShiftMACE"]),
 }
 SINCE = {"lora": pytest.mark.since("0.3.15"), "freeze": pytest.mark.since("0.3.15"),
@@ -114,6 +116,9 @@ BAD_FOUNDATIONS = {
                                   ["--peft mmea differs from the elora", "start from the foundation"]),
     "adapted with another rank": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=3))),
                                   ["--peft_rank 2 differs from the 3", "give 3"]),
+    "adapted without gains": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2))),
+                              ["--peft_gate static does not go with", "no gains", "use --peft elora without it"],
+                              {"peft": "elora", "peft_gate": "static"}),
 }
 
 
@@ -154,12 +159,14 @@ def test_options_that_cannot_go_together_stop(refusal, options, words):
     assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize("content, words", BAD_FOUNDATIONS.values(), ids=BAD_FOUNDATIONS)
-def test_a_bad_foundation_stops(refusal, tmp_path, content, words):
+@pytest.mark.parametrize("content, words, options", [
+    pytest.param(content, words, *options or [MMEA], id=name) for name, (content, words, *options)
+    in BAD_FOUNDATIONS.items()])
+def test_a_bad_foundation_stops(refusal, tmp_path, content, words, options):
     path = tmp_path / "bad.model"
     if content is not None:
         path.write_bytes(content())
-    message = refusal(**MMEA, foundation_model=path)
+    message = refusal(**options, foundation_model=path)
     assert [word for word in [f"foundation model {path}", *words] if word not in message] == [], message
 
 
@@ -186,6 +193,38 @@ def test_options_that_only_look_like_conflicts_go_together(inputs):
     known = vars(run_train.tools.build_default_arg_parser().parse_args(["--name=any"]))
     given = reach_training(inputs, **MMEA, **{name: value for name, value in off.items() if name in known})
     assert given["model"].peft_config == PeftConfig("mmea", rank=2)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("any.model", []), ("any_compiled.model", []), ("any_stagetwo.model", ["--swa"]),
+    ("checkpoints/any_run-1.model", [])])
+def test_a_run_that_would_overwrite_its_foundation_stops(tmp_path, capsys, name, flags):
+    write_inputs(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    path = (tmp_path / "foundation.model").rename(tmp_path / name)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit):
+        train_here(tmp_path, *flags, **MMEA, name="any", foundation_model=path)
+    message = capsys.readouterr().err
+    assert f"--name any would write its model over the foundation {path}" in message and "another --name" in message
+    assert path.read_bytes() == before
+
+
+def test_the_name_of_a_stage_that_is_not_trained_is_free(tmp_path):
+    write_inputs(tmp_path)
+    (tmp_path / "foundation.model").rename(tmp_path / "any_stagetwo.model")
+    reach_training(tmp_path, **MMEA, name="any", foundation_model=tmp_path / "any_stagetwo.model")
+
+
+@pytest.mark.parametrize("E0s", [pytest.param("estimated", marks=pytest.mark.since("0.3.15")), "average",
+                                 "{1: -0.7, 7: -2}"])
+def test_elements_that_the_foundation_lacks_stop(tmp_path, capsys, E0s):
+    write_inputs(tmp_path)
+    ase.io.write(tmp_path / "train.xyz", configurations(8, "NH3"))
+    with pytest.raises(SystemExit) as stopped:
+        reach_training(tmp_path, **MMEA, E0s=E0s, valid_file=None, test_file=None, valid_fraction=0.5)
+    assert stopped.value.code == 2
+    assert "the run has N, which the foundation does not know" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, value", [
