@@ -6,10 +6,12 @@ for a mace-torch that is supported: every other run is MACE's own, whatever its 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 from mace_peft.config import PeftError
 from mace_peft.options import add_options, check_options, read_settings, stop
@@ -32,6 +34,7 @@ def install(run_train: types.ModuleType) -> None:
         try:
             settings = read_settings(args)
             if settings is None:
+                refuse_checkpoints(args)
                 with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
                     return original_run(args)
             check_version()
@@ -71,6 +74,27 @@ def refuse_adapted(configure_model):
         return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
 
     return configure
+
+
+def refuse_checkpoints(args: argparse.Namespace) -> None:
+    """Raise PeftError if MACE would take the checkpoint of a run with ``--peft`` for one of this run without.
+
+    It loads the latest of that name in the end, and ``--restart_latest`` at the start, whatever is in it.
+    """
+    import torch
+
+    directory = Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"))
+    beginning = f"{args.name}_run-{args.seed}_epoch-"
+    for path in sorted(directory.glob("*.pt")):
+        if not path.name.startswith(beginning):
+            continue
+        try:
+            with_peft = "peft" in torch.load(path, map_location="meta", weights_only=False)
+        except Exception:  # a damaged file fails in many ways, and MACE tells of it if it needs the file
+            continue
+        if with_peft:
+            raise PeftError(f"the checkpoint {path} was made with --peft, and this run of the same name is without: "
+                            "add the --peft options it was made with, or give this run another --name")
 
 
 @contextlib.contextmanager

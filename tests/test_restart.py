@@ -223,6 +223,21 @@ def test_a_fresh_run_uses_no_checkpoint_of_an_earlier_one_and_leaves_those_of_ot
     assert run.adapter_config()["peft"]["rank"] == (PEFT | other)["peft_rank"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--restart_latest"]], ids=["fresh", "restart"])
+def test_a_run_without_peft_refuses_a_checkpoint_of_one_with(killed, folder, refusal, flags):
+    message = refusal(folder, *flags)
+    assert Run(folder).checkpoints()[latest(killed)].name in message
+    assert "add the --peft options it was made with, or give this run another --name" in message
+    assert Run(folder).checkpoints().keys() == killed.checkpoints().keys()
+
+
+def test_a_run_without_peft_minds_no_other_files(killed, folder):
+    for path in Run(folder).checkpoints().values():
+        path.rename(path.with_name(path.name.replace(NAME, "another", 1)))
+    (folder / f"checkpoints/{NAME}_run-{SEED}_epoch-7.pt").write_text("damaged")
+    assert reach_training(folder, checkpoints_dir=folder / "checkpoints")["start_epoch"] == 0
+
+
 def test_a_dry_run_leaves_the_checkpoints_for_a_restart(killed, folder):
     train_here(folder, "--dry_run", **PEFT, **OPTIONS)
     assert Run(folder).checkpoints().keys() == killed.checkpoints().keys()
