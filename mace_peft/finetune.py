@@ -101,11 +101,11 @@ class FineTune:
         mace-torch 0.3.16 fails if the foundation has another dtype.
         """
         adapted = foundation_model if is_adapted(foundation_model) else self.start.adapted
+        check_elements(z_table.zs, adapted or foundation_model)
         if adapted is not None:
             if len(adapted.heads) > 1:
                 raise PeftError(f"--E0s=estimated cannot choose among the adapter's heads {', '.join(adapted.heads)}: "
                                 "give the E0s, or start from the foundation")
-            check_elements(z_table.zs, adapted)
             foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
         model = foundation_model.to(torch.get_default_dtype())
         return original(foundation_model=model, foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
@@ -134,9 +134,9 @@ class FineTune:
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
         foundation = self.chosen_head(foundation.to(torch.get_default_dtype()), head_configs)
         adapted = foundation if is_adapted(foundation) else self.start.adapted
+        elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
+        check_elements(elements, adapted or foundation)
         if adapted is not None:
-            elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
-            check_elements(elements, adapted)
             check_heads(heads, adapted)
         if adapted is foundation:
             foundation = self.base or eject(copy.deepcopy(adapted))

@@ -180,15 +180,15 @@ def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, in
     """Give the model the E0s (eV; heads x elements) that the run determined and logged.
 
     mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. in_data: for
-    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``), for which MACE has 0,
-    take the E0 that is known of them.
+    each head the atomic numbers of its data; elements outside (``--foundation_model_elements``) take the E0 that is
+    known of them, unless it was given: MACE has 0 for those that were not.
     """
     held = model.atomic_energies_fn.atomic_energies
     elements = model.atomic_numbers.tolist()
     wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(in_data), len(elements)).clone()
     for row, present in enumerate(in_data):
         for column, element in enumerate(elements):
-            if element not in present:
+            if element not in present and wanted[row, column] == 0:
                 wanted[row, column] = known[element]
     wanted = wanted.reshape(held.shape)
     if not torch.equal(held, wanted):

@@ -89,6 +89,9 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
             raise PeftError(f"--peft_{name} {given[name]} has no effect on the adapter in {source}, which has {has}: "
                             "leave it out")
         if name in given and given[name] != getattr(adapter, name):
+            if name == "gate" and adapter.method == "elora":
+                raise PeftError(f"--peft_gate {given[name]} does not go with the adapter in {source}, which has no "
+                                "gains: use --peft elora without it, or start from the foundation")
             option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
             raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: give {held}, "
                             "or start from the foundation")
@@ -109,10 +112,13 @@ def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module
     return [name for name in trainable_parameters(model) if name not in tensors]
 
 
-def check_elements(elements: list[int], adapted: nn.Module) -> None:
-    """Raise PeftError if the run has elements (atomic numbers) that the adapter has never seen."""
-    known = adapted.atomic_numbers.tolist()
+def check_elements(elements: list[int], model: nn.Module) -> None:
+    """Raise PeftError if the run has elements (atomic numbers) that the foundation or the adapter has never seen."""
+    known = model.atomic_numbers.tolist()
     new = set(elements) - set(known)
+    if new and not is_adapted(model):
+        raise PeftError(f"the run has {symbols(new)}, which the foundation does not know: leave out what has these "
+                        "elements, or give another foundation model")
     if new:
         raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
                         f"{symbols(known)}): start from the foundation")

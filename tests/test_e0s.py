@@ -61,6 +61,12 @@ def test_elements_that_the_data_lack_keep_the_E0s_of_the_foundation(tmp_path, E0
     assert run.log.count(PUT_RIGHT) == 1
 
 
+def test_given_E0s_of_elements_that_the_data_lack_are_kept(tmp_path):
+    write_inputs(tmp_path, FEWER_ELEMENTS)
+    held, _ = fine_tune(tmp_path, E0s=E0S[MOLECULE], foundation_model_elements=True)
+    assert held == ast.literal_eval(E0S[MOLECULE])
+
+
 def test_E0s_that_this_mace_cannot_estimate_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(data, "estimate_e0s_from_foundation", raising=False)
     with pytest.raises(SystemExit):
