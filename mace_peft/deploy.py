@@ -18,7 +18,7 @@ from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 from torch import nn
 from tqdm import tqdm
 
-from mace_peft.config import PeftError, check_choice, did_you_mean
+from mace_peft.config import PeftError, check_choice, did_you_mean, one_line
 from mace_peft.files import REMEDY, write_complete
 from mace_peft.foundation import load_foundation, symbols
 from mace_peft.injection import fold
@@ -117,7 +117,13 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
         progress.update()
         progress.set_description(f"write {format}")
         content = io.BytesIO()  # torch's own writers may end the process where the disk is full
-        FORMATS[format](model, content, head)
+        try:
+            FORMATS[format](model, content, head)
+        except Exception as error:  # TorchScript says in many ways what it does not know
+            if format not in COMPILED:
+                raise
+            raise PeftError(f"--format {format} cannot be made, for TorchScript does not compile this "
+                            f"{type(model).__name__} ({one_line(error)}): use model or lammps-mliap") from error
         write_complete(path, content.getbuffer(), remedy=REMEDY)
         progress.update(2)
     return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"

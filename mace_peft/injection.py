@@ -16,6 +16,7 @@ from mace_peft.models import (
     adapted_blocks,
     check_adapted,
     check_backend,
+    check_model,
     fingerprint,
     is_adapted,
     known_originals,
@@ -65,6 +66,9 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     Raises PeftError if the model has adapters already, if a placement or pattern finds nothing, or if the rank is
     above the largest that is of use to any target, or one of several to its own.
     """
+    check_model(model)
+    if not isinstance(config, PeftConfig):
+        raise PeftError(f"{config!r:.80} are no settings: give a PeftConfig, such as PeftConfig('mmea')")
     if is_adapted(model):
         raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
     check_backend(model)

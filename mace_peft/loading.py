@@ -13,7 +13,7 @@ from torch import nn
 from mace_peft.config import PeftError, one_line
 from mace_peft.foundation import first_E0s, rebuild, single_head, with_heads
 from mace_peft.injection import eject, inject
-from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
+from mace_peft.models import check_model, fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.storage import ENERGIES, energy_buffers, read_adapter
 
 
@@ -27,8 +27,7 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights, and if the
     foundation is no model.
     """
-    if not isinstance(foundation, nn.Module):
-        raise PeftError(f"the foundation {str(foundation)!r} is no model: load its file with torch.load first")
+    check_model(foundation)
     config, description, tensors = read_adapter(directory)
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)

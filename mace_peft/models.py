@@ -141,8 +141,15 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, AdaptedModel)
 
 
+def check_model(model: object) -> None:
+    """Raise PeftError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise PeftError(f"{str(model)!r:.80} is no model: give one that torch.load has loaded, for example")
+
+
 def check_adapted(model: nn.Module) -> None:
-    """Raise PeftError if the model has no adapters."""
+    """Raise PeftError if the model has no adapters, or is none."""
+    check_model(model)
     if not is_adapted(model):
         raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import mace_peft
 from mace_peft.config import PeftConfig, PeftError, one_line
-from mace_peft.models import origin, trainable_parameters
+from mace_peft.models import check_adapted, origin, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -58,6 +58,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     Raises PeftError if the model has no adapters, OSError if the directory cannot be written.
     """
+    check_adapted(model)
     directory = Path(directory)
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
     tensors = save(trained, metadata={"format": "pt"})

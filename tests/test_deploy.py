@@ -34,6 +34,7 @@ from mace_peft.models import fingerprint, is_adapted
 STRUCTURES = configurations(2)
 PERIODIC = configurations(1, periodic=True)
 CASES = [("mmea", "products"), ("mmea", "published"), ("elora", "published")]
+NON_LINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
 FORMATS = ["model", "torchscript", "lammps", "lammps-mliap"]
 
 
@@ -331,6 +332,16 @@ def test_an_export_that_fails_leaves_no_file(folder, tmp_path, small_files, form
     with pytest.raises(PeftError, match=r"out cannot be written \(File too large\): make room or give .* place$"):
         export(str(folder / "foundation.model"), str(folder / "mmea-products"), str(tmp_path / "out"), format)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["torchscript", "lammps"])
+def test_a_model_that_torchscript_does_not_compile_is_refused(tmp_path, format):
+    foundation = tiny_mace(first=NON_LINEAR, later=NON_LINEAR)
+    torch.save(foundation, tmp_path / "foundation.model")
+    save_adapter(inject(foundation, PeftConfig("elora", rank=2)), tmp_path / "adapter")
+    with pytest.raises(PeftError, match=f"--format {format} cannot be made, .*: use model or lammps-mliap") as error:
+        export(str(tmp_path / "foundation.model"), str(tmp_path / "adapter"), str(tmp_path / "out"), format)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_places_that_take_no_file_are_refused(folder, tmp_path):

@@ -208,7 +208,7 @@ def test_weights_that_would_lose_adapters_are_refused_inside_another_module():
 
 
 def test_a_file_is_no_foundation(tmp_path):
-    with pytest.raises(PeftError, match=r"'foundation.model' is no model: load its file with torch.load first"):
+    with pytest.raises(PeftError, match="'foundation.model' is no model: give one that torch.load has loaded"):
         load_adapter("foundation.model", tmp_path)
 
 

@@ -253,6 +253,8 @@ def test_a_file_in_the_place_of_the_directory_survives(model, tmp_path):
 def test_a_model_without_adapters_is_refused(base, tmp_path):
     with pytest.raises(PeftError, match="has no adapters"):
         save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(PeftError, match="is no model"):
+        save_adapter(tmp_path / "adapter", base)
     assert names_in(tmp_path) == set()
 
 

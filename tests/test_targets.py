@@ -44,6 +44,11 @@ def refusal(action, *arguments):
     return str(error.value)
 
 
+def test_what_is_no_model_or_no_settings_is_refused():
+    assert "'foundation.model' is no model" in refusal(inject, "foundation.model", PeftConfig("mmea"))
+    assert "'mmea' are no settings: give a PeftConfig" in refusal(inject, tiny_mace(), "mmea")
+
+
 # --- the published counts ---------------------------------------------------------------------------------------------
 
 
