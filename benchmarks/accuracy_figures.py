@@ -77,6 +77,10 @@ def draw_sizes(found: Results) -> plt.Figure:
             panel.loglog([cell.train for cell in mine], found.values(mine, test, "mae_f"), marker="o", label=method,
                          color=STYLES[method][0], linestyle=STYLES[method][1])
         panel.set(title=f"AcAc, {test[5:-1]} K", xlabel="training configurations")
+        sizes = sorted({cell.train for cell in cells})
+        panel.set_xticks(sizes, map(str, sizes))
+        panel.set_yticks((20, 50, 100, 200, 400), map(str, (20, 50, 100, 200, 400)))
+        panel.minorticks_off()
     panels[0].set_ylabel("force MAE (meV/A)")
     panels[0].legend(fontsize=8)
     return figure
