@@ -17,6 +17,8 @@ from mace_peft.loading import fill, load_adapter
 from mace_peft.models import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.options import MODELS
 
+OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each
+
 
 @dataclasses.dataclass
 class Start:
@@ -108,7 +110,14 @@ def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module
     """
     inject(model, config, source)
     tensors = {} if adapted is None else trainable_parameters(adapted)
-    fill(model, tensors)
+    try:
+        fill(model, tensors)
+    except PeftError as error:
+        elements, known = model.atomic_numbers.tolist(), adapted.atomic_numbers.tolist()
+        if elements == known:
+            raise
+        raise PeftError(f"the run has {symbols(elements)}, and adapters that it starts from hold something for each of "
+                        f"{symbols(known)}: add --atomic_numbers=\"{known}\", and E0s for them") from error
     return [name for name in trainable_parameters(model) if name not in tensors]
 
 
@@ -125,8 +134,8 @@ def check_elements(elements: list[int], model: nn.Module) -> None:
 
 
 def check_heads(heads: list[str], adapted: nn.Module) -> None:
-    """Raise PeftError if trained readouts would go to other heads than they were trained for."""
-    trained = [name for name in trainable_parameters(adapted) if name.startswith("readouts.")]
+    """Raise PeftError if what was trained for each head would go to other heads."""
+    trained = [name for name in trainable_parameters(adapted) if name.startswith(OF_HEADS)]
     if trained and len(adapted.heads) > 1 and heads != list(adapted.heads):
         raise PeftError(f"the run has the heads {', '.join(heads)}, and the adapter that it starts from trained "
                         f"{trained[0]} for {', '.join(adapted.heads)}: name the heads so, in this order")

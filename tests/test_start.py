@@ -7,8 +7,9 @@ from runs import E0S, FEWER_ELEMENTS, MOLECULE, default_foundation, reach_traini
 from test_load import same
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft import load_adapter, save_adapter, trainable_parameters
+from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.models import is_adapted
+from mace_peft.start import check_heads
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -145,6 +146,17 @@ def test_trained_readouts_do_not_go_to_another_head(two_headed, capsys):
         assert f"heads {', '.join(order)}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("config, name", [
+    (PeftConfig("mmea", targets="products.*,atomic_energies_fn", gate="static"), "atomic_energies_fn.adapter.s"),
+    (PeftConfig("elora", rank=1, targets="readouts.*"), "readouts.0")])
+def test_what_is_trained_for_each_head_stays_with_it(config, name):
+    adapted = inject(tiny_mace(heads=("a", "b")), config)
+    check_heads(["a", "b"], adapted)
+    for heads in (["b", "a"], ["c", "d"], ["a"]):
+        with pytest.raises(PeftError, match=f"trained {name}.* for a, b: name the heads so"):
+            check_heads(heads, adapted)
+
+
 @pytest.mark.since("0.3.15")
 def test_estimated_E0s_do_not_choose_a_head(two_headed, capsys):
     with pytest.raises(SystemExit):
@@ -212,13 +224,16 @@ def test_elements_that_it_has_never_seen_are_refused(refusal, tmp_path, E0s):
     assert "the run has C, which" in refusal(case, peft="mmea", foundation_model=inputs / "run.model", E0s=E0s)
 
 
-def test_updates_that_depend_on_the_elements_are_refused_for_fewer(trained, tmp_path, capsys):
+def test_updates_that_depend_on_the_elements_go_on_with_fewer_where_all_are_named(trained, tmp_path, capsys):
     write_inputs(tmp_path, FEWER_ELEMENTS)
     case = ("elora", "published")
+    options = {"peft": "elora", "peft_adapter": results(trained[case], case) / "run_adapter"}
     with pytest.raises(SystemExit):
-        reach_training(tmp_path, peft="elora", peft_adapter=results(trained[case], case) / "run_adapter",
-                       E0s=E0S[FEWER_ELEMENTS])
-    assert "elements and heads it was trained for" in capsys.readouterr().err
+        reach_training(tmp_path, **options, E0s=E0S[FEWER_ELEMENTS])
+    message = capsys.readouterr().err
+    assert 'the run has H O' in message and 'each of H C O: add --atomic_numbers="[1, 6, 8]"' in message
+    model = reach_training(tmp_path, **options, E0s=E0S[MOLECULE], atomic_numbers="[1, 6, 8]")["model"]
+    assert model.atomic_numbers.tolist() == [1, 6, 8]
 
 
 def test_a_run_without_peft_refuses_an_adapted_model(refusal, trained):
