@@ -21,7 +21,7 @@ from mace_peft.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.config import PeftError, one_line
 from mace_peft.contractions import contract_as_mace, contract_by_element
 from mace_peft.files import NO_ROOM, complete, one_line_errors
-from mace_peft.foundation import check_taken_over, first_E0s, keep_constants, keep_les, put_E0s_right
+from mace_peft.foundation import check_taken_over, first_E0s, given_E0s, keep_constants, keep_les, put_E0s_right
 from mace_peft.injection import eject, fold, freeze, trainability_kept
 from mace_peft.losses import FiniteLosses, reach_all
 from mace_peft.messages import restore_messages, split_messages
@@ -152,9 +152,9 @@ class FineTune:
         keep_les(model, foundation)
         check_taken_over(model, foundation)
         if atomic_energies is not None:
-            in_data = {head.head_name: head.z_table.zs for head in head_configs}
+            given = {head.head_name: given_E0s(head) for head in head_configs}
             known = first_E0s(foundation if adapted is None else adapted)
-            put_E0s_right(model, known, atomic_energies, [in_data[head] for head in heads])
+            put_E0s_right(model, known, atomic_energies, [given[head] for head in heads])
         if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
             look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
             self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)

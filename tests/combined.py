@@ -61,7 +61,8 @@ def check_base(run: Run, stage_two: bool, foundation_file: Path) -> torch.nn.Mod
     base = run.checkpoint(stage_two).get("base")  # None without --peft
     for key, tensor in foundation.state_dict().items():
         if base is not None and key not in RESCALED and not key.startswith("readouts."):  # one for each head
-            assert base[key]["shape"] != list(tensor.shape) or base[key] == measures(tensor), key
+            same = base[key] == measures(tensor) | {"dtype": base[key]["dtype"]}  # that of the run
+            assert base[key]["shape"] != list(tensor.shape) or same, key
     return foundation
 
 

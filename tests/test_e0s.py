@@ -5,6 +5,7 @@ with these E0s is for ``test_train.py``.
 """
 
 import ast
+import json
 
 import ase.io
 import pytest
@@ -61,10 +62,14 @@ def test_elements_that_the_data_lack_keep_the_E0s_of_the_foundation(tmp_path, E0
     assert run.log.count(PUT_RIGHT) == 1
 
 
-def test_given_E0s_of_elements_that_the_data_lack_are_kept(tmp_path):
+@pytest.mark.parametrize("file", [False, True])
+@pytest.mark.parametrize("carbon", [-1.9, 0.0])
+def test_given_E0s_of_elements_that_the_data_lack_are_kept(tmp_path, carbon, file):
     write_inputs(tmp_path, FEWER_ELEMENTS)
-    held, _ = fine_tune(tmp_path, E0s=E0S[MOLECULE], foundation_model_elements=True)
-    assert held == ast.literal_eval(E0S[MOLECULE])
+    E0s = {1: -0.7, 6: carbon, 8: -2.6}
+    (tmp_path / "E0s.json").write_text(json.dumps(E0s))
+    held, _ = fine_tune(tmp_path, E0s=tmp_path / "E0s.json" if file else E0s, foundation_model_elements=True)
+    assert held == E0s
 
 
 def test_E0s_that_this_mace_cannot_estimate_are_refused(tmp_path, monkeypatch, capsys):
