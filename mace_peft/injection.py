@@ -17,8 +17,10 @@ from mace_peft.models import (
     check_adapted,
     check_backend,
     check_model,
+    check_switched_on,
     fingerprint,
     is_adapted,
+    is_switched_off,
     known_originals,
     plain_class,
     settle,
@@ -69,6 +71,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     check_model(model)
     if not isinstance(config, PeftConfig):
         raise PeftError(f"{config!r:.80} are no settings: give a PeftConfig, such as PeftConfig('mmea')")
+    check_switched_on(model)
     if is_adapted(model):
         raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
     check_backend(model)
@@ -117,6 +120,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises PeftError if there is no adapter.
     """
+    if is_switched_off(model):  # by an outer one
+        yield model
+        return
     check_adapted(model)
     modules = [(module, type(module)) for module in (model, *dict(adapted_blocks(model)).values())]
     exchange(model)
@@ -135,8 +141,9 @@ def exchange(model: nn.Module) -> None:
     """Swap what trained along, and E0s, scale and shift of a loaded adapter, with what they were before."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, original in dict(known_originals(model)).items():
-        model.peft_originals[name] = tensors[name].detach().clone()
-        tensors[name].copy_(original)
+        # no copy into the tensor, of which a backward pass that is still to come may need the version that it was
+        model.peft_originals[name] = tensors[name].data
+        tensors[name].data = original.to(tensors[name])
 
 
 def merge(model: nn.Module) -> nn.Module:

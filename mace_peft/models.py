@@ -65,7 +65,8 @@ class AdaptedModel(nn.Module):
         lost = [name for name, tensor in trained.items() if shapes.get(prefix + name) != tensor.shape]
         if lost:
             raise PeftError(f"{len(lost)} adapter tensors ({lost[0]}, ...) are missing or of another shape in what the "
-                            "model is to be filled with: keep the model as it is, or merge an ELoRA adapter first")
+                            "model is to be filled with: keep the model as it is, merge an ELoRA adapter first, or "
+                            "give the foundation and the adapter directory (--peft_adapter)")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -141,6 +142,16 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, AdaptedModel)
 
 
+def is_switched_off(model: nn.Module) -> bool:
+    """Whether ``disable_adapter`` makes it count as a plain model."""
+    return not is_adapted(model) and hasattr(model, "peft_originals")
+
+
+def check_switched_on(model: nn.Module) -> None:
+    if is_switched_off(model):
+        raise PeftError("the model's adapter is switched off: leave disable_adapter first")
+
+
 def check_model(model: object) -> None:
     """Raise PeftError for what is no model."""
     if not isinstance(model, nn.Module):
@@ -148,8 +159,9 @@ def check_model(model: object) -> None:
 
 
 def check_adapted(model: nn.Module) -> None:
-    """Raise PeftError if the model has no adapters, or is none."""
+    """Raise PeftError if the model has no adapters, if they are switched off, or if it is none."""
     check_model(model)
+    check_switched_on(model)
     if not is_adapted(model):
         raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mace.tools.scripts_utils import remove_pt_head
-from tiny import configurations, predict, tiny_mace
+from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, merge, save_adapter
 from mace_peft.foundation import rebuild, single_head
@@ -148,11 +148,42 @@ def test_a_model_that_is_switched_off_is_a_plain_one(tmp_path):
     model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, train_also="readouts.*")))
     save_adapter(model, tmp_path / "a")
     with disable_adapter(model):
-        for attempt in (lambda: save_adapter(model, tmp_path / "a"), lambda: disable_adapter(model).__enter__(),
-                        lambda: eject(model), lambda: trainable_parameters(model)):
-            with pytest.raises(PeftError, match="has no adapters"):
+        for attempt in (lambda: save_adapter(model, tmp_path / "a"), lambda: eject(model),
+                        lambda: trainable_parameters(model)):
+            with pytest.raises(PeftError, match="switched off"):
                 attempt()
     assert same(predict(load_adapter(tiny_mace(), tmp_path / "a"), STRUCTURES), predict(model, STRUCTURES))
+
+
+def test_a_model_that_is_switched_off_can_be_switched_off_again_and_takes_no_other_adapters():
+    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, train_also="readouts.*")))
+    expected = predict(model, STRUCTURES)
+    with disable_adapter(model):
+        with disable_adapter(model):
+            assert same(predict(model, STRUCTURES), predict(tiny_mace(), STRUCTURES))
+        assert same(predict(model, STRUCTURES), predict(tiny_mace(), STRUCTURES))
+        with pytest.raises(PeftError, match="switched off: leave disable_adapter first"):
+            inject(model, PeftConfig("mmea", rank=1))
+    assert same(predict(model, STRUCTURES), expected)
+
+
+@pytest.mark.parametrize("config", [PeftConfig("mmea", rank=2, train_also="readouts.*"),
+                                    PeftConfig("mmea", targets="all", gate="static")])
+def test_switching_off_does_not_disturb_a_backward_pass(config):
+    def gradients(before_forward):
+        model = randomise(inject(tiny_mace(), config))
+        if before_forward:
+            with disable_adapter(model):
+                model(inputs, compute_force=True)
+        energy = model(inputs, compute_force=False)["energy"].square().sum()
+        if not before_forward:
+            with disable_adapter(model):
+                model(inputs, compute_force=True)
+        return torch.autograd.grad(energy, list(trainable_parameters(model).values()))
+
+    inputs = batch(tiny_mace(), STRUCTURES)
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_switching_off_keeps_what_was_trained_in_a_finer_dtype():
@@ -181,7 +212,8 @@ def test_an_adapter_beside_a_base_that_was_trained_does_not_go_with_the_foundati
     model = inject(tiny_mace(), PeftConfig("mmea", rank=2))
     with torch.no_grad():
         model.products[0].linear.weight += 1e-3
-    save_adapter(model, tmp_path / "a")
+    with pytest.warns(UserWarning, match="the weights of the base have changed .* train them by train_also"):
+        save_adapter(model, tmp_path / "a")
     with pytest.raises(PeftError, match="weights differ"):
         load_adapter(tiny_mace(), tmp_path / "a")
 
