@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import e3nn
@@ -56,9 +57,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     Killed at any moment it leaves the adapter that was there or the new one: each file is complete before it takes the
     place of an older one, the tensors go first, and ``read_adapter`` takes a config that has not got there yet.
 
-    Raises PeftError if the model has no adapters, OSError if the directory cannot be written.
+    Warns if the base is no longer the one that the adapters were put into. Raises PeftError if the model has no
+    adapters, OSError if the directory cannot be written.
     """
     check_adapted(model)
+    if model.peft_foundation is not None and origin(model) is not model.peft_foundation:
+        warnings.warn("the weights of the base have changed since the adapters were put in, so that this adapter goes "
+                      "with no other: save them too, or train them by train_also", stacklevel=2)
     directory = Path(directory)
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
     tensors = save(trained, metadata={"format": "pt"})
