@@ -148,8 +148,8 @@ def comparison(found: Results, better: str, worse: str, error: str, data=MOLECUL
     """By how much the first is below the second: percent, averaged over the data sets that have both; empty if none."""
     gains = []
     for name in data:
-        first, second = (found.values(found.main(method, data=name), test, error) for method in (better, worse))
-        if first and second:
+        first, second = (found.values(cells, test, error) for cells in found.paired(better, worse, name))
+        if first:
             gains.append(100 * (1 - mean(first) / mean(second)))
     return [mean(gains)] if gains else []
 

@@ -49,11 +49,17 @@ class Results:
 
     def ratio(self, method: str, other: str, data: str) -> float | None:
         """Of their force MAEs on the test set, the hottest of several."""
-        cells, others = self.main(method, data=data), self.main(other, data=data)
-        if not cells or not others:
+        cells, others = self.paired(method, other, data)
+        if not cells:
             return None
         test = cells[0].tests[-1]
         return mean(self.values(cells, test, "mae_f")) / mean(self.values(others, test, "mae_f"))
+
+    def paired(self, method: str, other: str, data: str) -> tuple[list[Cell], list[Cell]]:
+        """Their cells of the seeds that both have: another seed of one alone would change what is compared."""
+        both = self.main(method, data=data), self.main(other, data=data)
+        seeds = set.intersection(*({cell.seed for cell in cells} for cells in both))
+        return tuple([cell for cell in cells if cell.seed in seeds] for cells in both)
 
     def main(self, method: str, **chosen) -> list[Cell]:
         return self.cells("foundation" if method == "foundation" else "main", method=method, **chosen)
