@@ -171,13 +171,17 @@ def check_free(directory: Path) -> None:
 def check_foundation_stays(args: argparse.Namespace) -> None:
     """Raise PeftError if a model that the run writes takes the place of the foundation, which the adapter needs."""
     foundation = Path(args.foundation_model)
-    checkpoints = Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
     stages = ("", "_stagetwo") if args.swa else ("",)
-    for beginning in (checkpoints, Path(args.model_dir or args.work_dir, args.name)):
+    for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name)):
         for path in [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")]:
             if path.exists() and foundation.exists() and path.samefile(foundation):
                 raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
                                 "adapter needs: give this run another --name")
+
+
+def checkpoints_begin(args: argparse.Namespace) -> Path:
+    """What the paths of the run's checkpoints begin with, before MACE has filled in its folders."""
+    return Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:

@@ -11,10 +11,9 @@ import contextlib
 import functools
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 from mace_peft.config import PeftError
-from mace_peft.options import add_options, check_options, read_settings, stop
+from mace_peft.options import add_options, check_options, checkpoints_begin, read_settings, stop
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
@@ -83,10 +82,9 @@ def refuse_checkpoints(args: argparse.Namespace) -> None:
     """
     import torch
 
-    directory = Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"))
-    beginning = f"{args.name}_run-{args.seed}_epoch-"
-    for path in sorted(directory.glob("*.pt")):
-        if not path.name.startswith(beginning):
+    beginning = checkpoints_begin(args)
+    for path in sorted(beginning.parent.glob("*.pt")):
+        if not path.name.startswith(f"{beginning.name}_epoch-"):
             continue
         try:
             with_peft = "peft" in torch.load(path, map_location="meta", weights_only=False)
