@@ -1,4 +1,7 @@
-"""``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``."""
+"""What every process that runs tests does first, and what tests share.
+
+``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``.
+"""
 
 import gc
 import resource
