@@ -123,7 +123,8 @@ def check_taken_over(model: nn.Module, foundation: nn.Module) -> None:
             return False
         if made[name].shape != held[name].shape:  # of fewer elements, or of several heads
             return not name.startswith("les_readouts.")
-        return torch.equal(made[name], held[name])
+        # MACE leaves some weights of the new model on the CPU until it moves the whole
+        return torch.equal(made[name].cpu(), held[name].cpu())
 
     made, held = model.state_dict(), foundation.state_dict()  # a file of an older MACE lacks buffers of the newer one
     parameters = dict.fromkeys(name for either in (foundation, model) for name, parameter in either.named_parameters()
