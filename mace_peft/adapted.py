@@ -17,7 +17,7 @@ import torch
 from e3nn import nn as e3nn_nn
 from e3nn import o3
 from e3nn.util.jit import compile_mode
-from mace.modules import radial, symmetric_contraction
+from mace.modules import radial
 from mace.modules.blocks import EquivariantProductBasisBlock
 from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ COMPOSITES = (e3nn_nn.FullyConnectedNet, SymmetricContraction)
 # mace-torch 0.3.14 and later
 if hasattr(radial, "RadialMLP"):
     COMPOSITES += (radial.RadialMLP,)
-EMPTY = getattr(symmetric_contraction, "EmptyParam", ())
 
 
 class Adapted(nn.Module):
@@ -244,14 +243,18 @@ class LowRankDense(LowRank, nn.Linear):
 class LowRankContraction(LowRank, Contraction):
     @staticmethod
     def make_adapter(block: Contraction, config: PeftConfig) -> ContractionUpdate:
-        # MACE marks weights of paths that do not exist as EmptyParam: they stay zero
-        lower = {f"weights.{i}": w.shape for i, w in enumerate(block.weights) if not isinstance(w, EMPTY)}
+        lower = {name: block.get_parameter(name).shape for name in lower_weights(block)}
         return ContractionUpdate(block.weights_max.shape, lower, config.rank, config.alpha)
 
     @staticmethod
     def largest_rank(block: Contraction) -> int:
         elements, paths, channels = block.weights_max.shape
         return min(elements * paths, channels)
+
+
+def lower_weights(block: Contraction) -> list[str]:
+    """Names of the weights of the lower orders, but those that MACE has set to zero, for paths that do not exist."""
+    return [f"weights.{i}" for i in range(len(block.weights)) if not getattr(block, f"weights_{i}_zeroed", False)]
 
 
 LOW_RANK = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from mace_peft.plugin import replaced
+from mace_peft.replaced import replaced
 
 
 @contextlib.contextmanager

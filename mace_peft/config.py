@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 
 METHODS = ("mmea", "elora")
@@ -53,9 +53,11 @@ class PeftConfig:
     def __post_init__(self):
         check_choice("--peft", self.method, METHODS)
         check_choice("--peft_gate", self.gate, GATES)
+        changed = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+        if self.alpha == self.rank:  # as by default
+            changed.pop("alpha", None)
+        check_effect(changed)
         automatic = self.rank == "auto"
-        if automatic and not self.has_rank:
-            raise PeftError("--peft_rank auto has no effect on static gains, which have no rank: leave it out")
         if automatic:
             object.__setattr__(self, "budget", check_budget(DEFAULT_BUDGET if self.budget is None else self.budget))
         elif self.rank_pattern is not None:
@@ -117,6 +119,21 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise PeftError unless value is one of the choices, naming the closest one."""
     if value not in choices:
         raise PeftError(f"{option} {value!r} is unknown{did_you_mean(str(value), choices)}: use {' or '.join(choices)}")
+
+
+def check_effect(given: dict[str, object]) -> None:
+    """Raise PeftError for a setting on which the method and gate that are given with it do not act."""
+    static = given.get("gate") == "static"
+    useless = {}
+    if given["method"] == "elora":
+        why = "elora, which has no gates that atoms drive: leave it out"
+        useless = {"init_std": why} | ({} if static else {"gate": f"{why}, or use --peft_gate static"})
+    elif static:
+        useless = dict.fromkeys(("rank", "budget", "alpha", "init_std"),
+                                "static gains, which have no rank and no shifts: leave it out")
+    for name, why in useless.items():
+        if name in given:
+            raise PeftError(f"--peft_{name} {given[name]} has no effect on {why}")
 
 
 def check_number(option: str, value: object, kind: type, allowed, rule: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from mace.modules.symmetric_contraction import Contraction
 from torch import Tensor
 
-from mace_peft.plugin import replaced
+from mace_peft.replaced import replaced
 
 OF_MACE = Contraction.forward
 FEW = 4  # atoms of an element: with fewer, MACE's way is as fast, and keeps less for the backward pass

@@ -27,8 +27,8 @@ from mace_peft.losses import FiniteLosses, reach_all
 from mace_peft.messages import restore_messages, split_messages
 from mace_peft.models import is_adapted, trainable_parameters
 from mace_peft.options import adapter_directory
-from mace_peft.plugin import replaced
 from mace_peft.ranks import choose_ranks, differentiate
+from mace_peft.replaced import replaced
 from mace_peft.replay import apply_pseudolabels
 from mace_peft.report import summary
 from mace_peft.start import Start, check_elements, check_heads, go_on

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mace_peft.adapted import Adapted, GatedMessages, Mergeable
+from mace_peft.adapted import Adapted, GatedMessages, LowRank, Mergeable
 from mace_peft.config import PeftConfig, PeftError
 from mace_peft.models import (
     adapt,
@@ -26,6 +26,7 @@ from mace_peft.models import (
     settle,
     trainable_parameters,
 )
+from mace_peft.scaled import ScaledLowRank
 from mace_peft.targets import find_parameters, find_targets
 
 
@@ -78,6 +79,10 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     targets = find_targets(model, config)
     find_parameters(model, config.train_also)
     check_rank(model, targets, config)
+    updates = any(issubclass(kind, (LowRank, ScaledLowRank)) for kind in targets.values())
+    if config.alpha not in (None, config.rank) and not updates:
+        raise PeftError(f"--peft_alpha {config.alpha:g} has no effect on gates, and nothing else is in --peft_targets "
+                        f"{config.targets}: leave it out, or use published")
     return targets
 
 

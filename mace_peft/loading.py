@@ -13,7 +13,7 @@ from torch import nn
 from mace_peft.config import PeftError, one_line
 from mace_peft.foundation import first_E0s, rebuild, single_head, with_heads
 from mace_peft.injection import eject, inject
-from mace_peft.models import check_model, fingerprint, is_adapted, origin, trainable_parameters
+from mace_peft.models import check_model, check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.storage import ENERGIES, energy_buffers, read_adapter
 
 
@@ -28,6 +28,7 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     foundation is no model.
     """
     check_model(foundation)
+    check_switched_on(foundation)
     config, description, tensors = read_adapter(directory)
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)

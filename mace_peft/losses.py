@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from mace_peft.config import PeftError
-from mace_peft.plugin import replaced
+from mace_peft.replaced import replaced
 
 REMEDY = "start again with a lower --lr (in stage two --swa_lr) or --clip_grad"
 

@@ -134,6 +134,9 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
 
 def restore(plain: type[nn.Module], config: PeftConfig) -> AdaptedModel:
     """An empty adapted model for ``pickle`` and ``copy`` to fill."""
+    from mace_peft.plugin import guard
+
+    guard()
     cls = adapted_class(plain, config)
     return cls.__new__(cls)
 

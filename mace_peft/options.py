@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from mace_peft.config import METHODS, PeftConfig, PeftError, check_choice
+from mace_peft.config import METHODS, PeftConfig, PeftError, check_choice, check_effect
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -67,17 +67,8 @@ def read_settings(args: argparse.Namespace) -> dict | None:
         # an adapter to start from has its own targets and rank
         wanted = ("peft", "peft_gate") if "peft_adapter" in given else SMALL
         given |= {name: SMALL[name] for name in wanted if name == "peft" or name not in given}
-    static = given.get("peft_gate") == "static"
-    for name in ("peft_gate", "peft_init_std"):
-        if name in given and given["peft"] == "elora" and not (name == "peft_gate" and static):
-            other = ", or use --peft_gate static" if name == "peft_gate" else ""
-            raise PeftError(f"--{name} {given[name]} has no effect on elora, which has no gates that atoms drive: "
-                            f"leave it out{other}")
-    for name in ("peft_rank", "peft_budget", "peft_alpha", "peft_init_std"):
-        if name in given and given["peft"] == "mmea" and static:
-            raise PeftError(f"--{name} {given[name]} has no effect on static gains, which have no rank and no shifts: "
-                            "leave it out")
     settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
+    check_effect(settings)
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings and settings[name] != "auto":
             settings[name] = parse(name, settings[name], number)
@@ -105,7 +96,6 @@ def check_options(args: argparse.Namespace) -> None:
                         "which would lose the adapters: use cuda or cpu")
     from mace import data  # as late as this, for a run without --peft
 
-    check_cueq(args)
     if args.foundation_model is None:
         raise PeftError(f"--peft {args.peft} has nothing to adapt: add --foundation_model with a file or a name "
                         "that MACE knows, such as medium_off")
@@ -131,10 +121,10 @@ def check_options(args: argparse.Namespace) -> None:
     check_foundation_stays(args)
 
 
-def check_cueq(args: argparse.Namespace) -> None:
-    """Raise PeftError if cuEquivariance is asked for and not installed.
+def settle_cueq(args: argparse.Namespace) -> None:
+    """Make ``--only_cueq``, on which MACE does not act with a foundation model, another name of ``--enable_cueq``.
 
-    With a foundation model MACE does not act on ``--only_cueq``: here it is another name of ``--enable_cueq``.
+    Raises PeftError if cuEquivariance is asked for and not installed.
     """
     for name in ("enable_cueq", "only_cueq"):
         if getattr(args, name, None):

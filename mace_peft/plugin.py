@@ -7,13 +7,13 @@ for a mace-torch that is supported: every other run is MACE's own, whatever its 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
+import sys
 import types
-from collections.abc import Iterator
 
 from mace_peft.config import PeftError
-from mace_peft.options import add_options, check_options, checkpoints_begin, read_settings, stop
+from mace_peft.options import add_options, check_options, checkpoints_begin, read_settings, settle_cueq, stop
+from mace_peft.replaced import replaced
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
@@ -38,6 +38,7 @@ def install(run_train: types.ModuleType) -> None:
                     return original_run(args)
             check_version()
             check_options(args)
+            settle_cueq(args)
             from mace_peft.finetune import FineTune
             from mace_peft.start import find_start
 
@@ -61,18 +62,27 @@ def check_version() -> None:
 
 
 def refuse_adapted(configure_model):
-    """MACE's ``configure_model`` for a run without ``--peft``, which would drop the adapters of its foundation."""
+    """MACE's ``configure_model`` for a run without ``--peft``, which would drop its foundation's adapters: it stops."""
 
     @functools.wraps(configure_model)
     def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
         config = getattr(foundation, "peft_config", None)
         if config is not None:
-            raise PeftError(f"--foundation_model {args.foundation_model} has {config.method} adapters, which a run "
-                            f"without --peft would lose: add --peft {config.method} to train them on, or give the "
-                            "foundation")
+            stop(PeftError(f"--foundation_model {args.foundation_model} has {config.method} adapters, which a run "
+                           f"without --peft would lose: add --peft {config.method} to train them on, or give the "
+                           "foundation"))
         return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
 
+    configure.refuses_adapted = True
     return configure
+
+
+def guard() -> None:
+    """The same where nobody has called ``install``, as with ``python -S``: called where an adapted model is loaded."""
+    for module in map(sys.modules.get, ("mace.cli.run_train", "__main__")):
+        original = getattr(module, "configure_model", None)
+        if original and not (hasattr(module.run, "without_peft") or hasattr(original, "refuses_adapted")):
+            module.configure_model = refuse_adapted(original)
 
 
 def refuse_checkpoints(args: argparse.Namespace) -> None:
@@ -93,14 +103,3 @@ def refuse_checkpoints(args: argparse.Namespace) -> None:
         if with_peft:
             raise PeftError(f"the checkpoint {path} was made with --peft, and this run of the same name is without: "
                             "add the --peft options it was made with, or give this run another --name")
-
-
-@contextlib.contextmanager
-def replaced(owner: types.ModuleType, name: str, value) -> Iterator[None]:
-    """The name bound to another value for a while."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -12,7 +12,7 @@ from mace.modules.blocks import AtomicEnergiesBlock
 from mace.modules.symmetric_contraction import Contraction
 from torch import Tensor, nn
 
-from mace_peft.adapted import EMPTY, LOW_RANK, Mergeable, RadialLayer
+from mace_peft.adapted import LOW_RANK, Mergeable, RadialLayer, lower_weights
 from mace_peft.config import PeftConfig
 from mace_peft.methods import ContractionGains, EnergyShift, LinearGains, MatrixGains, ScaledUpdate, TensorProductGains
 
@@ -58,10 +58,8 @@ class ScaledDense(Scaled, nn.Linear):
 class ScaledContraction(Scaled, Contraction):
     @staticmethod
     def make_adapter(block: Contraction, config: PeftConfig) -> ContractionGains:
-        # MACE marks weights of paths that do not exist as EmptyParam: they stay zero
-        lower = [f"weights.{i}" for i, weight in enumerate(block.weights) if not isinstance(weight, EMPTY)]
         elements, _, channels = block.weights_max.shape
-        return ContractionGains(elements, channels, ["weights_max", *lower])
+        return ContractionGains(elements, channels, ["weights_max", *lower_weights(block)])
 
 
 class ShiftedEnergies(Mergeable, AtomicEnergiesBlock):

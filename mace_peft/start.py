@@ -95,8 +95,9 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
                 raise PeftError(f"--peft_gate {given[name]} does not go with the adapter in {source}, which has no "
                                 "gains: use --peft elora without it, or start from the foundation")
             option, held = names.get(name, f"--peft_{name}"), getattr(adapter, name)
-            raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: give {held}, "
-                            "or start from the foundation")
+            remedy = "leave it out" if held is None else f"give {held}"
+            raise PeftError(f"{option} {given[name]} differs from the {held} of the adapter in {source}: {remedy}, or "
+                            "start from the foundation")
     if adapter.rank_pattern is not None and given.get("targets", adapter.targets) != adapter.targets:
         raise PeftError(f"--peft_targets {given['targets']} differs from the {adapter.targets} that the ranks of the "
                         f"adapter in {source} were chosen for: leave it out, or start from the foundation")

@@ -35,6 +35,7 @@ BAD_VALUES = {
     "alpha nan": (ELORA | {"peft_alpha": "nan"}, ["--peft_alpha nan", "number above 0"]),
     "alpha inf": (ELORA | {"peft_alpha": "inf"}, ["--peft_alpha inf", "number above 0"]),
     "alpha x": (ELORA | {"peft_alpha": "x"}, ["--peft_alpha 'x'", "not a number"]),
+    "alpha of gates": (MMEA | {"peft_alpha": 4}, ["--peft_alpha 4", "no effect on gates", "use published"]),
     "init_std -1": (MMEA | {"peft_init_std": -1}, ["--peft_init_std -1", "number from 0 up"]),
     "init_std nan": (MMEA | {"peft_init_std": "nan"}, ["--peft_init_std nan", "number from 0 up"]),
     "init_std x": (MMEA | {"peft_init_std": "x"}, ["--peft_init_std 'x'", "not a number"]),

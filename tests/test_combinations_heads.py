@@ -3,10 +3,14 @@
 All heads share the adapters; heads, weights and pseudolabels do what an equivalent run without them does.
 """
 
+import itertools
+import unittest.mock
+
 import ase.io
 import pytest
 import torch
 from combined import PEFT, adapters, assert_same, differ, fine_tune, train_only
+from mace.modules import ScaleShiftMACE
 from releases import since
 from runs import E0S, MOLECULE, reach_training, write_inputs
 from safetensors.torch import load_file
@@ -165,6 +169,24 @@ def test_pseudolabels_come_from_a_foundation_of_another_dtype(inputs, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     log = check_pseudolabels(folder, foundation.double(), tmp_path)
     assert "Error generating pseudolabels" not in log
+
+
+@pytest.mark.since("0.3.14")
+def test_structures_that_get_no_pseudolabels_stop_the_run(inputs, capsys):
+    """MACE goes on where it cannot label a batch: as one without memory, here."""
+    unlabelled = replay(inputs) | {"pt_train_file": inputs / "pt_unlabelled.xyz", "batch_size": 4}
+    calls = itertools.count()
+
+    def forward(self, *args, **kwargs):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, *args, **kwargs)
+
+    original = ScaleShiftMACE.forward
+    with unittest.mock.patch.object(ScaleShiftMACE, "forward", forward), pytest.raises(SystemExit):
+        reach_training(inputs, peft="mmea", peft_rank=2, **unlabelled, pseudolabel_replay=True)
+    message = capsys.readouterr().err
+    assert "left 4 of 8 structures without labels" in message and "--batch_size" in message
 
 
 @pytest.mark.since("0.3.14")

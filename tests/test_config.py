@@ -37,6 +37,10 @@ REFUSED = [
     ({"train_also": ["readouts.*"]}, ["--peft_train_also", "readouts.*", "comma-separated"]),
     ({"train_also": " , "}, ["--peft_train_also", "' , '", "leave it out"]),
     ({"rank": "auto", "gate": "static"}, ["--peft_rank auto", "static gains", "leave it out"]),
+    ({"rank": 4, "gate": "static"}, ["--peft_rank 4", "static gains", "leave it out"]),
+    ({"alpha": 4, "gate": "static"}, ["--peft_alpha 4", "static gains", "leave it out"]),
+    ({"init_std": 0.1, "method": "elora"}, ["--peft_init_std 0.1", "elora", "leave it out"]),
+    ({"gate": "residual", "method": "elora"}, ["--peft_gate residual", "elora", "use --peft_gate static"]),
     ({"rank": "auto", "rank_pattern": 5}, ["rank_pattern 5", "{name of a module: rank}"]),
     ({"rank": "auto", "rank_pattern": {5: 5}}, ["rank_pattern 5", "{name of a module: rank}"]),
     ({"rank": "auto", "rank_pattern": {"linear": 0}}, ["rank_pattern linear", "0", "at least 1"]),
@@ -77,7 +81,7 @@ def test_settings_survive_json(config):
 
 def test_numbers_of_numpy_survive_json():
     numpy = pytest.importorskip("numpy")
-    config = PeftConfig("elora", rank=numpy.int64(4), alpha=numpy.float32(2), init_std=numpy.float64(0.1))
+    config = PeftConfig("mmea", rank=numpy.int64(4), alpha=numpy.float32(2), init_std=numpy.float64(0.1))
     assert PeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 

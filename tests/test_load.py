@@ -250,3 +250,10 @@ def test_other_weights_are_refused_and_left_alone(tmp_path):
     with pytest.raises(PeftError, match="weights differ"):
         load_adapter(other, tmp_path / "a")
     assert not hasattr(other, "peft_config")
+
+
+def test_a_model_whose_adapter_is_switched_off_takes_no_other(tmp_path):
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2))
+    save_adapter(model, tmp_path)
+    with disable_adapter(model), pytest.raises(PeftError, match="leave disable_adapter first"):
+        load_adapter(model, tmp_path)

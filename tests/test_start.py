@@ -3,13 +3,13 @@
 import ase.io
 import pytest
 import torch
-from runs import E0S, FEWER_ELEMENTS, MOLECULE, default_foundation, reach_training, train_here, write_inputs
+from runs import E0S, FEWER_ELEMENTS, MOLECULE, default_foundation, reach_training, train, train_here, write_inputs
 from test_load import same
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.models import is_adapted
-from mace_peft.start import check_heads
+from mace_peft.start import check_heads, settings_from
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -204,6 +204,11 @@ def test_other_settings_are_refused(refusal, trained, options, words):
     assert all(word in line for word in words), line
 
 
+def test_an_alpha_that_follows_the_ranks_is_to_be_left_out():
+    with pytest.raises(PeftError, match="16.0 differs from the None of the adapter in mine: leave it out"):
+        settings_from(PeftConfig("elora", rank="auto"), {"alpha": 16.0}, "mine")
+
+
 def test_an_adapter_that_fits_nothing_is_refused(refusal, trained, tmp_path):
     case = ("mmea", "products")
     adapter = results(trained[case], case) / "run_adapter"
@@ -239,6 +244,14 @@ def test_updates_that_depend_on_the_elements_go_on_with_fewer_where_all_are_name
 def test_a_run_without_peft_refuses_an_adapted_model(refusal, trained):
     case = ("mmea", "products")
     assert "add --peft mmea" in refusal(case, foundation_model=results(trained[case], case) / "run.model")
+
+
+def test_it_refuses_it_without_the_start_up_hook_too(trained):
+    case = ("mmea", "products")
+    run = train(trained[case].folder, hook=False, foundation_model=results(trained[case], case) / "run.model",
+                name="unhooked")
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("mace_run_train: error:")
+    assert "add --peft mmea" in run.stderr
 
 
 def test_a_run_without_peft_takes_a_merged_model(trained):
