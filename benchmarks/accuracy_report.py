@@ -32,7 +32,8 @@ def which(found: Results) -> str:
     common = [name for name in found.data() if all(found.ratio(method, "full", name) for method in WHICH.values())]
     rows = []
     for wish, method in WHICH.items():
-        settings = {"lr": found.rates.get(method)} | METHODS[method]
+        measured = [cell.options() for cell in found.main(method)]
+        settings = {name: f"{measured[0][name]:g}" for name in ("lr", "swa_lr") if measured} | METHODS[method]
         options = " ".join(f"--{name} {value}" for name, value in settings.items() if value not in (None, "products"))
         ratios = [found.ratio(method, "full", name) for name in common]
         rows.append([wish, f"`{options}`", found.share(method), f"{mean(ratios):.2f}" if ratios else ""])

@@ -70,7 +70,12 @@ def base(case):
 
 
 def config_of(case, **settings):
+    """The settings, but those without effect, which are refused."""
     method, targets, _, _ = case
+    if method == "static":
+        settings = {}
+    elif method == "mmea" and targets in ("products", "linears", "all"):
+        settings.pop("alpha", None)
     method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
     return PeftConfig(method, gate=gate, targets=targets, **settings)
 

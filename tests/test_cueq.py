@@ -36,7 +36,8 @@ PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for metho
 def new(method, targets, train_also=None, **options):
     """A model with random adapters."""
     method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
-    config = PeftConfig(method, gate=gate, rank=2, targets=targets, train_also=train_also)
+    rank = {} if (method, gate) == ("mmea", "static") else {"rank": 2}
+    config = PeftConfig(method, gate=gate, targets=targets, train_also=train_also, **rank)
     return randomise(inject(copy.deepcopy(foundation(**options)), config))
 
 

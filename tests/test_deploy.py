@@ -140,6 +140,20 @@ def test_mace_create_lammps_model_gives_the_same_energies_and_forces(folder, cas
     assert same(lammps(tmp_path / "trained.model-lammps.pt", folder, case), trained(folder, case, STRUCTURES[:1]))
 
 
+def test_mace_create_lammps_model_gives_the_same_for_mliap(tmp_path, monkeypatch):
+    """On cuEquivariance, to which the gates go with the model."""
+    model = randomise(inject(tiny_mace(max_ell=1), PeftConfig("mmea", rank=2)))
+    torch.save(model, tmp_path / "trained.model")
+    monkeypatch.setattr(sys, "argv", ["mace_create_lammps_model", "--format=mliap", str(tmp_path / "trained.model")])
+    with process_state_restored():
+        create_lammps_model.main()
+    data = Neighbours(model, STRUCTURES[0])
+    torch.load(tmp_path / "trained.model-mliap_lammps.pt", weights_only=False).compute_forces(data)
+    energy, forces = predict(model, STRUCTURES[:1])
+    assert float(data.energy) == pytest.approx(energy.item(), rel=1e-7)
+    assert np.allclose(data.forces, forces, rtol=1e-6, atol=1e-7)
+
+
 def lammps(path, folder, case):
     """Energy and forces of one structure from a model for ``pair_style mace``; every atom is local."""
     model = load_adapter(tiny_mace(elements=(1, 6, 7, 8)), folder / "-".join(case))

@@ -178,11 +178,12 @@ def test_the_count_of_everything():
     assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) < 0.02 * base
 
 
-@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("config", [STATIC, PeftConfig("elora", rank=2, gate="static", targets="all")],
+                         ids=["mmea", "elora"])
 @pytest.mark.parametrize("interaction", ["RealAgnosticResidualInteractionBlock", "RealAgnosticDensityInteractionBlock"])
-def test_a_merged_model_predicts_the_same(method, interaction):
+def test_a_merged_model_predicts_the_same(config, interaction):
     model = tiny_mace(later=interaction, max_L=2)
-    inject(model, PeftConfig(method, rank=2, gate="static", targets="all"))
+    inject(model, config)
     randomise(model, scale=0.3)
     structures = configurations(3, periodic=True)
 
