@@ -1,4 +1,4 @@
-"""A fine-tune inside ``mace_run_train``: with ``--peft``, the only module that knows the seams of ``mace.cli.run_train``.
+"""A fine-tune inside ``mace_run_train``: with ``--peft`` no other module knows the seams of ``mace.cli.run_train``.
 
 While it lasts, methods of ``FineTune`` stand in for a few names of run_train and of modules that run_train calls.
 """
