@@ -19,7 +19,7 @@ from mace_peft.models import is_adapted
 from mace_peft.storage import checksum, read_adapter
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = PeftConfig("mmea", rank=2, alpha=1.5, train_also="readouts.0.*")
+SETTINGS = PeftConfig("mmea", rank=2, train_also="readouts.0.*")
 
 
 def small_mace(**options):
@@ -153,7 +153,7 @@ def test_a_missing_field(foundation, saved, tmp_path, field):
     ("shift", [0.2]),
     ("scale", [1]),
     ("peft", PeftConfig("mmea", rank=2, alpha=1.0, train_also="readouts.0.*").to_dict()),
-    ("peft", PeftConfig("mmea", rank=1, alpha=1.5, train_also="readouts.0.*").to_dict()),
+    ("peft", PeftConfig("mmea", rank=1, train_also="readouts.0.*").to_dict()),
     ("dtype", "float32"),
     ("sha256", 64 * "0"),
 ])
@@ -200,7 +200,7 @@ EDITS = {
     "a rank in two lines": (into("peft", rank="1\n2"), "no proper value of peft"),
     "an unknown method": (into("peft", method="lora\n"), "--peft 'lora\\n' is unknown"),
     "a rank that is too large": (into("peft", rank=3), "does not fit: --peft_rank 3"),
-    "another rank": (into("peft", rank=1), "of another shape"),
+    "another rank": (into("peft", rank=1, alpha=1.0), "of another shape"),
     "other targets": (into("peft", targets="linears"), "missing, unknown or of another shape"),
     "no such targets": (into("peft", targets="linear_9"), "does not fit: --peft_targets 'linear_9'"),
     "another method": (into("peft", method="elora"), "missing, unknown or of another shape"),
@@ -286,7 +286,8 @@ def test_an_adapter_that_is_to_be_swapped_stays_if_the_other_is_refused(foundati
     before = {name: value.clone() for name, value in model.state_dict().items()}
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     E0s = [[-9.0, -9.0, -9.0]]
-    for edit in (lambda d: d.update(E0s=E0s, shift=None), lambda d: (d.update(E0s=E0s), d["peft"].update(rank=1)),
+    for edit in (lambda d: d.update(E0s=E0s, shift=None),
+                 lambda d: (d.update(E0s=E0s), d["peft"].update(rank=1, alpha=1.0)),
                  lambda d: d["peft"].update(rank=99), lambda d: d.update(elements=[1, 7], E0s=[[-9.0, -9.0]])):
         with pytest.raises(PeftError, match="does not fit"):
             load_adapter(model, write(tmp_path / "bad", edited(saved, edit)))
@@ -297,7 +298,7 @@ def test_an_adapter_that_is_to_be_swapped_stays_if_the_other_is_refused(foundati
 
 def test_frozen_parameters_of_a_foundation_stay_frozen_if_the_adapter_is_refused(foundation, saved, tmp_path):
     foundation.readouts.requires_grad_(False)
-    assert "of another shape" in refusal(foundation, write(tmp_path, edited(saved, into("peft", rank=1))))
+    assert "of another shape" in refusal(foundation, write(tmp_path, edited(saved, into("peft", rank=1, alpha=1.0))))
 
 
 def test_an_adapter_of_a_model_without_scale_and_shift_loads(tmp_path):

@@ -32,10 +32,13 @@ def foundation(**options):
     return tiny_mace(**options)
 
 
-def adapted(method, targets, gate="exp", alpha=3.0, **options):
+def adapted(method, targets, gate="exp", **options):
     """A tiny model of which every adapter weight is random; alpha / rank is not 1, so that a missing scale shows."""
-    model = copy.deepcopy(foundation(**options))
-    return randomise(inject(model, PeftConfig(method, rank=2, alpha=alpha, targets=targets, gate=gate)))
+    settings = {} if gate == "static" else {"rank": 2}
+    if method == "elora" or targets == "published":  # gates have no such scale
+        settings["alpha"] = 3.0
+    return randomise(inject(copy.deepcopy(foundation(**options)),
+                            PeftConfig(method, targets=targets, gate=gate, **settings)))
 
 
 @functools.cache
