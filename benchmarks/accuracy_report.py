@@ -129,18 +129,16 @@ def messages(found: Results) -> str:
 
 
 def chosen(found: Results) -> str:
-    """ELoRA with one rank everywhere, and with chosen ranks for as many parameters."""
+    """ELoRA with one rank everywhere, and with chosen ranks for as many parameters, over the seeds that both have."""
     rows = []
-    cells = found.cells("chosen")
-    for cell in [cell for cell in cells if cell.budget is None]:
-        count = found.results[cell.key]["parameters"]
-        other = [one for one in cells if one.data == cell.data and one.budget == str(count)]
-        test = cell.tests[-1]
+    for data, rank in dict.fromkeys((cell.data, cell.rank) for cell in found.cells("chosen", budget=None)):
+        fixed = found.cells("chosen", data=data, rank=rank, budget=None)
+        count, test = found.results[fixed[0].key]["parameters"], fixed[0].tests[-1]
+        fixed, free = found.common(fixed, found.cells("chosen", data=data, budget=str(count)))
         errors = [(test, "mae_e"), (test, "mae_f"), ("pretraining", "mae_f")]
-        shown = [found.shown(one, *error) for one in ([cell], other) for error in errors]
-        forces = found.values([cell, *other], test, "mae_f")
-        rows.append([at(cell.data), str(cell.rank), f"{count:,}", *shown,
-                     f"{forces[1] / forces[0]:.3f}" if other else ""])
+        shown = [found.shown(cells, *error) for cells in (fixed, free) for error in errors]
+        one, other = (found.values(cells, test, "mae_f") for cells in (fixed, free))
+        rows.append([at(data), str(rank), f"{count:,}", *shown, f"{mean(other) / mean(one):.3f}" if one else ""])
     return table(["MAE", "rank", "parameters", "E", "F", "pretraining data, F", "chosen ranks: E", "F",
                   "pretraining data, F", "F, chosen / one rank"], rows)
 

@@ -56,10 +56,13 @@ class Results:
         return mean(self.values(cells, test, "mae_f")) / mean(self.values(others, test, "mae_f"))
 
     def paired(self, method: str, other: str, data: str) -> tuple[list[Cell], list[Cell]]:
-        """Their cells of the seeds that both have: another seed of one alone would change what is compared."""
-        both = self.main(method, data=data), self.main(other, data=data)
-        seeds = set.intersection(*({cell.seed for cell in cells} for cells in both))
-        return tuple([cell for cell in cells if cell.seed in seeds] for cells in both)
+        return self.common(self.main(method, data=data), self.main(other, data=data))
+
+    @staticmethod
+    def common(*sets: list[Cell]) -> tuple[list[Cell], ...]:
+        """The cells of the seeds that all sets have: another seed of one alone would change what is compared."""
+        seeds = set.intersection(*({cell.seed for cell in cells} for cells in sets))
+        return tuple([cell for cell in cells if cell.seed in seeds] for cells in sets)
 
     def main(self, method: str, **chosen) -> list[Cell]:
         return self.cells("foundation" if method == "foundation" else "main", method=method, **chosen)
