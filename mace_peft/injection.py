@@ -180,7 +180,7 @@ def fold(model: nn.Module) -> nn.Module:
         # the layer that takes messages has the gates of a convolution if that is the target
         targets = [f"{name.rpartition('.')[0]}.conv_tp" if isinstance(block, GatedMessages) else name
                    for name, block in gates.items()]
-        config = dataclasses.replace(model.peft_config, targets=",".join(targets))
+        config = dataclasses.replace(model.peft_config, targets=",".join(targets), alpha=None)  # that of the updates
         if config.rank_pattern is not None:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)

@@ -80,8 +80,9 @@ def refuse_adapted(configure_model):
 def guard() -> None:
     """The same where nobody has called ``install``, as with ``python -S``: called where an adapted model is loaded."""
     for module in map(sys.modules.get, ("mace.cli.run_train", "__main__")):
-        original = getattr(module, "configure_model", None)
-        if original and not (hasattr(module.run, "without_peft") or hasattr(original, "refuses_adapted")):
+        original, run = getattr(module, "configure_model", None), getattr(module, "run", None)
+        of_mace = getattr(original, "__module__", "").startswith("mace.")
+        if of_mace and not (hasattr(run, "without_peft") or hasattr(original, "refuses_adapted")):
             module.configure_model = refuse_adapted(original)
 
 

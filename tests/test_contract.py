@@ -335,6 +335,14 @@ def test_an_ejected_model_can_be_adapted_again(case):
     assert_equal(settled(model), base_prediction(*case[2:]))
 
 
+@over([case for case in ONE_MODEL if case[0] == "mmea"])
+def test_gates_that_are_left_can_be_injected_again(case):
+    """By the settings that the model of a run has: its updates are folded."""
+    model = fold(adapted(case))
+    gates, config = set(trainable_parameters(model)), model.peft_config
+    assert set(trainable_parameters(inject(eject(model), config))) == gates
+
+
 def test_eject_restores_the_parameters_that_trained_along():
     model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, train_also="readouts.0.*"))
     original = shared_base(*EVERY[0][2:])
