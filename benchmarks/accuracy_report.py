@@ -130,7 +130,7 @@ def messages(found: Results) -> str:
 
 def chosen(found: Results) -> str:
     """ELoRA with one rank everywhere, and with chosen ranks for as many parameters, over the seeds that both have."""
-    rows = []
+    rows, ratios = [], {}
     for data, rank in dict.fromkeys((cell.data, cell.rank) for cell in found.cells("chosen", budget=None)):
         fixed = found.cells("chosen", data=data, rank=rank, budget=None)
         count, test = found.results[fixed[0].key]["parameters"], fixed[0].tests[-1]
@@ -138,7 +138,11 @@ def chosen(found: Results) -> str:
         errors = [(test, "mae_e"), (test, "mae_f"), ("pretraining", "mae_f")]
         shown = [found.shown(cells, *error) for cells in (fixed, free) for error in errors]
         one, other = (found.values(cells, test, "mae_f") for cells in (fixed, free))
-        rows.append([at(data), str(rank), f"{count:,}", *shown, f"{mean(other) / mean(one):.3f}" if one else ""])
+        if one:
+            ratios.setdefault((rank, count), []).append(mean(other) / mean(one))
+        rows.append([at(data), str(rank), f"{count:,}", *shown, f"{ratios[rank, count][-1]:.3f}" if one else ""])
+    rows += [["mean", str(rank), f"{count:,}", *[""] * 6, f"{mean(several):.3f}"]
+             for (rank, count), several in ratios.items()]
     return table(["MAE", "rank", "parameters", "E", "F", "pretraining data, F", "chosen ranks: E", "F",
                   "pretraining data, F", "F, chosen / one rank"], rows)
 
