@@ -46,7 +46,7 @@ print(*(name for name in sys.modules if name.startswith("mace_peft.")))
 """
     said = subprocess.check_output([sys.executable, "-c", program], env=environment(), text=True).splitlines()[-1]
     loaded = {name.removeprefix("mace_peft.") for name in said.split()}
-    assert loaded == {"startup", "plugin", "options", "config"}
+    assert loaded == {"startup", "plugin", "options", "config", "replaced"}
 
 
 def test_releases_are_the_same_wherever_they_are_listed():
