@@ -67,7 +67,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, type]:
     """The targets of the settings in this model (``find_targets``); changes nothing.
 
     Raises PeftError if the model has adapters already, if a placement or pattern finds nothing, or if the rank is
-    above the largest that is of use to any target, or one of several to its own.
+    above the largest that is of use to any target, or one of several to its own, or if no target is scaled by alpha.
     """
     check_model(model)
     if not isinstance(config, PeftConfig):
