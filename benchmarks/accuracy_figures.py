@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import matplotlib
 from accuracy_results import Results
 from cells import COMPARED, TRAINED
@@ -50,19 +52,23 @@ def draw_curves(found: Results) -> plt.Figure:
 
 
 def draw_forgetting(found: Results) -> plt.Figure:
-    """What a fine-tune gains on its own data, and what it loses on the foundation's; a line where that was."""
+    """What a fine-tune gains on its own data, and what it loses on the foundation's; a line where that was.
+
+    Means over the seeds, as in the tables.
+    """
     figure, panels = data_panels(found)
     for name, panel in panels.items():
         for method in COMPARED:
-            for cell in found.main(method, data=name, seed=1):
-                errors = found.results[cell.key]["errors"]
-                color, line = STYLES[method]
-                if method == "foundation" and "pretraining" in errors:
-                    panel.axhline(1e3 * errors["pretraining"]["mae_f"], color=color, linestyle=line, label=method)
-                elif "pretraining" in errors and method != "scratch":
-                    panel.plot(1e3 * errors[cell.tests[0]]["mae_f"], 1e3 * errors["pretraining"]["mae_f"],
-                               marker={"-": "o", "--": "s", ":": "^", "-.": "D"}[line], color=color, linestyle="none",
-                               label=method)
+            cells = found.forgetting(method, name)
+            if not cells or method == "scratch":
+                continue
+            test, pretraining = (mean(found.values(cells, on, "mae_f")) for on in (cells[0].tests[0], "pretraining"))
+            color, line = STYLES[method]
+            if method == "foundation":
+                panel.axhline(pretraining, color=color, linestyle=line, label=method)
+            else:
+                panel.plot(test, pretraining, marker={"-": "o", "--": "s", ":": "^", "-.": "D"}[line], color=color,
+                           linestyle="none", label=method)
         panel.set(title=name, xlabel="force MAE, test (meV/A)", ylabel="force MAE, pretraining data (meV/A)")
         panel.set_ylim(bottom=0)
     return labelled(figure)

@@ -69,9 +69,8 @@ def acac(found: Results) -> str:
 
 def forgetting(found: Results) -> str:
     return table(["pretraining data, MAE F", *found.data()], [
-        [method, *(found.shown([cell for cell in found.main(method, data=name)
-                                if "pretraining" in found.results[cell.key]["errors"]], "pretraining", "mae_f")
-                   for name in found.data())] for method in COMPARED if method != "scratch"])
+        [method, *(found.shown(found.forgetting(method, name), "pretraining", "mae_f") for name in found.data())]
+        for method in COMPARED if method != "scratch"])
 
 
 def rates(found: Results) -> str:

@@ -66,3 +66,7 @@ class Results:
 
     def main(self, method: str, **chosen) -> list[Cell]:
         return self.cells("foundation" if method == "foundation" else "main", method=method, **chosen)
+
+    def forgetting(self, method: str, data: str) -> list[Cell]:
+        """The cells that were tested on the foundation's own data as well."""
+        return [cell for cell in self.main(method, data=data) if "pretraining" in self.results[cell.key]["errors"]]
