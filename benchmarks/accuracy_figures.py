@@ -70,7 +70,11 @@ def draw_forgetting(found: Results) -> plt.Figure:
                 panel.plot(test, pretraining, marker={"-": "o", "--": "s", ":": "^", "-.": "D"}[line], color=color,
                            linestyle="none", label=method)
         panel.set(title=name, xlabel="force MAE, test (meV/A)", ylabel="force MAE, pretraining data (meV/A)")
-        panel.set_ylim(bottom=0)
+        panel.set_yscale("log")  # gates may fail on structures unlike all in training, by orders of magnitude
+        limits, ticks = panel.get_ylim(), (50, 100, 200, 500, 1000, 2000)
+        panel.set_yticks(ticks, map(str, ticks))
+        panel.set_ylim(limits)
+        panel.minorticks_off()
     return labelled(figure)
 
 
