@@ -35,6 +35,15 @@ def labelled(figure: plt.Figure) -> plt.Figure:
     return figure
 
 
+def logarithmic(panel: plt.Axes, *ticks: int) -> None:
+    """The errors' axis, no longer than the errors ask, with those of the ticks that it has room for."""
+    panel.set_yscale("log")
+    limits = panel.get_ylim()
+    panel.set_yticks(ticks, map(str, ticks))
+    panel.set_ylim(limits)
+    panel.minorticks_off()
+
+
 def draw_curves(found: Results) -> plt.Figure:
     """Validation force MAE after each epoch, first seed."""
     figure, panels = data_panels(found)
@@ -42,12 +51,9 @@ def draw_curves(found: Results) -> plt.Figure:
         for method in TRAINED:
             for cell in found.main(method, data=name, seed=1):
                 values = [1e3 * value for value in found.results[cell.key]["curve"]["mae_f"]]
-                panel.semilogy(values, label=method, color=STYLES[method][0], linestyle=STYLES[method][1], linewidth=1)
+                panel.plot(values, label=method, color=STYLES[method][0], linestyle=STYLES[method][1], linewidth=1)
         panel.set(title=name, xlabel="epoch", ylabel="force MAE, validation (meV/A)")
-        limits, ticks = panel.get_ylim(), (5, 10, 20, 50, 100, 200, 500)
-        panel.set_yticks(ticks, map(str, ticks))
-        panel.set_ylim(limits)
-        panel.minorticks_off()
+        logarithmic(panel, 5, 10, 20, 50, 100, 200, 500)
     return labelled(figure)
 
 
@@ -70,11 +76,8 @@ def draw_forgetting(found: Results) -> plt.Figure:
                 panel.plot(test, pretraining, marker={"-": "o", "--": "s", ":": "^", "-.": "D"}[line], color=color,
                            linestyle="none", label=method)
         panel.set(title=name, xlabel="force MAE, test (meV/A)", ylabel="force MAE, pretraining data (meV/A)")
-        panel.set_yscale("log")  # gates may fail on structures unlike all in training, by orders of magnitude
-        limits, ticks = panel.get_ylim(), (50, 100, 200, 500, 1000, 2000)
-        panel.set_yticks(ticks, map(str, ticks))
-        panel.set_ylim(limits)
-        panel.minorticks_off()
+        # gates may fail on structures unlike all in training, by orders of magnitude
+        logarithmic(panel, 50, 100, 200, 500, 1000, 2000)
     return labelled(figure)
 
 
