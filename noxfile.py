@@ -1,12 +1,15 @@
 """``nox``: the tests with every supported release of mace-torch, each in an environment of its own.
 
 ``nox -s "tests(0.3.13)" -- tests/test_train.py`` runs one file with one release. ``.ci/run`` tests the newest.
+``nox -s newest_torch oldest_torch plain``: the newest torch as the index gives it, on Linux a CUDA build; the oldest
+that setup.cfg allows; and the tests without what they remember to save time.
 """
 
 import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
+OLDEST_TORCH = "2.1.2"
 RELEASES = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")
 
 
@@ -16,6 +19,25 @@ def tests(session: nox.Session, mace: str) -> None:
     session.install("torch==2.13.0")
     session.install("-e", ".[test]", f"mace-torch=={mace}")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def newest_torch(session: nox.Session) -> None:
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest_torch(session: nox.Session) -> None:
+    session.install(f"torch=={OLDEST_TORCH}", "numpy<2", "-e", ".[test]", f"mace-torch=={RELEASES[0]}")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def plain(session: nox.Session) -> None:
+    session.install("torch==2.13.0")
+    session.install("-e", ".[test]")
+    session.run("pytest", "--plain", *session.posargs)
 
 
 @nox.session

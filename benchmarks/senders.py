@@ -10,7 +10,7 @@ import torch
 from e3nn import o3
 
 from mace_peft import PeftConfig
-from mace_peft.adapted import Adapted, renamed
+from mace_peft.blocks.e3nn import Adapted, renamed
 from mace_peft.methods import MMEA
 
 

@@ -17,8 +17,8 @@ from e3nn import o3
 from senders import GatedBySenders
 
 from mace_peft import run_train
-from mace_peft.adapted import GATED_PRODUCTS
-from mace_peft.contractions import contract_by_element
+from mace_peft.blocks.e3nn import GATED_PRODUCTS
+from mace_peft.fast.contraction import contract_by_element
 from mace_peft.methods.mmea import MMEA
 
 

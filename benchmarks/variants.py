@@ -16,12 +16,12 @@ from torch import nn
 from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, inject, merge, trainable_parameters
-from mace_peft.backward import backward_to
-from mace_peft.checkpoints import checkpoint_of
-from mace_peft.contractions import contract_by_element
-from mace_peft.injection import fold
-from mace_peft.messages import split_messages
-from mace_peft.targets import find_targets
+from mace_peft.fast.backward import backward_to
+from mace_peft.train.checkpoints import checkpoint_of
+from mace_peft.fast.contraction import contract_by_element
+from mace_peft.model.inject import fold
+from mace_peft.fast.tensor_product import split_messages
+from mace_peft.model.targets import find_targets
 
 RANK = 16
 PLACEMENTS = ("products", "linears", "published")

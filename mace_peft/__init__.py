@@ -5,14 +5,14 @@ __version__ = "0.1.0"
 # Imported on first use: the start-up hook imports this package at every start of Python, where torch has no place.
 _PUBLIC = {
     "PeftConfig": "config",
-    "PeftError": "config",
-    "inject": "injection",
-    "eject": "injection",
-    "merge": "injection",
-    "trainable_parameters": "models",
-    "disable_adapter": "injection",
-    "save_adapter": "storage",
-    "load_adapter": "loading",
+    "PeftError": "errors",
+    "inject": "model.inject",
+    "eject": "model.inject",
+    "merge": "model.inject",
+    "trainable_parameters": "model.adapted",
+    "disable_adapter": "model.adapted",
+    "save_adapter": "adapter.directory",
+    "load_adapter": "adapter.load",
     "calculator": "deploy",
 }
 __all__ = list(_PUBLIC)

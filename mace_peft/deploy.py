@@ -1,7 +1,5 @@
 """A fine-tune where it is used: in ASE, and as one file for PyTorch, LAMMPS and what else takes a MACE model."""
 
-from __future__ import annotations
-
 import copy
 import io
 import os
@@ -9,22 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
 from ase.calculators.calculator import all_changes
-from e3nn.util import jit
 from mace.calculators import LAMMPS_MACE, MACECalculator
 from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 from torch import nn
 from tqdm import tqdm
 
-from mace_peft.config import PeftError, check_choice, did_you_mean, one_line
+from mace_peft.adapter.directory import read_adapter
+from mace_peft.adapter.load import load_adapter
+from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.e3nn import compile as compile_to_torchscript
+from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line
 from mace_peft.files import REMEDY, write_complete
-from mace_peft.foundation import load_foundation, symbols
-from mace_peft.injection import fold
-from mace_peft.loading import load_adapter
-from mace_peft.models import is_adapted
-from mace_peft.storage import read_adapter
+from mace_peft.model.adapted import is_adapted
+from mace_peft.model.inject import fold
 
 
 class AdaptedCalculator(MACECalculator):
@@ -68,28 +65,16 @@ def deployable(
     return fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval()
 
 
-def save_model(model: nn.Module, file: BinaryIO, head: str) -> None:
-    torch.save(model, file)
-
-
-def save_torchscript(model: nn.Module, file: BinaryIO, head: str) -> None:
-    torch.jit.save(jit.compile(model), file)
-
-
-def save_lammps(model: nn.Module, file: BinaryIO, head: str) -> None:
-    torch.jit.save(jit.compile(LAMMPS_MACE(model, head=head)), file)
-
-
-def save_lammps_mliap(model: nn.Module, file: BinaryIO, head: str) -> None:
+def for_mliap(model: nn.Module, head: str) -> nn.Module:
     model.lammps_mliap = True
-    torch.save(LAMMPS_MLIAP_MACE(model, head=head), file)
+    return LAMMPS_MLIAP_MACE(model, head=head)
 
 
 FORMATS: dict[str, Callable[[nn.Module, BinaryIO, str], None]] = {
-    "model": save_model,
-    "torchscript": save_torchscript,
-    "lammps": save_lammps,
-    "lammps-mliap": save_lammps_mliap,
+    "model": lambda model, file, head: torch.save(model, file),
+    "torchscript": lambda model, file, head: torch.jit.save(compile_to_torchscript(model), file),
+    "lammps": lambda model, file, head: torch.jit.save(compile_to_torchscript(LAMMPS_MACE(model, head=head)), file),
+    "lammps-mliap": lambda model, file, head: torch.save(for_mliap(model, head), file),
 }
 COMPILED = {"torchscript": "PyTorch", "lammps": "LAMMPS"}  # what loads these instead of MACE
 

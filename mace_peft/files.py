@@ -1,7 +1,5 @@
 """Files that are complete or not there, and one line where the disk takes none."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools
@@ -9,7 +7,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator
 
-from mace_peft.config import PeftError, one_line
+from mace_peft.errors import PeftError, one_line
 
 # what a disk that is full, over its quota or read-only says, and a file above the limit of the process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

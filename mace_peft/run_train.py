@@ -8,7 +8,7 @@ def main() -> None:
     """Runs MACE's training command with the plugin installed."""
     from mace.cli import run_train
 
-    from mace_peft import plugin
+    from mace_peft.train import plugin
 
     plugin.install(run_train)
     run_train.main()

@@ -28,7 +28,7 @@ class Loader:
         """Executes the module, then installs the plugin into it."""
         self.loader.exec_module(module)
         if not hasattr(module, "load_plugins"):
-            from mace_peft import plugin
+            from mace_peft.train import plugin
 
             plugin.install(module)
 

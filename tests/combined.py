@@ -11,9 +11,9 @@ from runs import MOLECULE, NAME, STAGES, Run, train_here, write_inputs
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import disable_adapter, load_adapter
-from mace_peft.checkpoints import measures
+from mace_peft.train.checkpoints import measures
 
-PEFT = {"peft": "mmea", "peft_rank": 2}
+PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 RESCALED = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")  # of the run, not the base
 
 

@@ -1,16 +1,18 @@
 """What every process that runs tests does first, and what tests share.
 
 ``@pytest.mark.since("0.3.15")``: what a test needs came with that release of mace-torch, see ``noxfile.py``.
+``pytest --plain``: the tested code is MACE's and this package's own in every place, see ``remembered.py``.
 """
 
 import gc
+import os
 import resource
 import types
 import unittest.mock
 
 import pytest
 import torch
-from forks import remember_sources
+from forks import PLAIN, remember_sources
 from mace.cli import run_train
 from mace.tools import cg
 from releases import since
@@ -20,14 +22,21 @@ from remembered import remember_generated_code, remember_models
 LONG = ("test_contract", "test_cueq", "test_families", "test_train")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--plain", action="store_true", help="nothing is remembered or replaced to save time: slow")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "since(release): deselected before that release of mace-torch")
+    if config.getoption("plain"):
+        os.environ[PLAIN] = "1"
+        return
     remember_sources()
     remember_models()
     remember_generated_code()
     gc.freeze()  # what has been imported is no garbage, and models are many objects: less often is it searched for
     gc.set_threshold(100_000)
     keep_coefficients_exact()
-    config.addinivalue_line("markers", "since(release): deselected before that release of mace-torch")
 
 
 def keep_coefficients_exact():

@@ -16,7 +16,7 @@ import torch
 from e3nn.util.codegen import _mixin
 from mace.modules import models
 
-from mace_peft import loading
+from mace_peft.backbones import mace as backbone
 
 BUILT: dict[tuple[bytes, ...], tuple[dict, torch.Tensor]] = {}
 SAVED: weakref.WeakKeyDictionary[torch.jit.ScriptModule, bytes] = weakref.WeakKeyDictionary()
@@ -25,7 +25,7 @@ LOADED: weakref.WeakValueDictionary[bytes, torch.jit.ScriptModule] = weakref.Wea
 
 def remember_models() -> None:
     models.MACE.__init__ = build_once(models.MACE.__init__)
-    loading.rebuild = with_random_numbers_of_its_own(loading.rebuild)
+    backbone.rebuild = with_random_numbers_of_its_own(backbone.rebuild)
 
 
 def build_once(build: Callable) -> Callable:

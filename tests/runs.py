@@ -22,7 +22,7 @@ from mace.cli import run_train
 from safetensors.torch import load_file
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft import plugin
+from mace_peft.train import plugin
 
 NAME, SEED = "run", 1
 MOLECULE = "CH3OH"  # all elements of the foundation

@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 # copies cross devices, and indices of a tensor on the GPU may be on the CPU
@@ -36,7 +36,7 @@ def put(tree, device: torch.device, marks: dict[int, StorageWeakRef] = marked):
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

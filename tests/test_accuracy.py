@@ -7,17 +7,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import mace  # noqa: F401  before e3nn
 import numpy as np
 import pytest
 import torch
-from e3nn import o3
 from mace.cli import run_train
 from runs import write_inputs
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, inject
-from mace_peft.adapted import GATED_PRODUCTS
+from mace_peft.blocks.mace import OPERATIONS
+from mace_peft.e3nn import o3
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -129,8 +128,8 @@ def test_an_ablation_holds_back_a_part_of_the_gate(benchmark, kind):
 def test_gates_of_messages_can_see_the_atom_that_sends(benchmark, monkeypatch):
     """The features of the sender drive gains of the weights of its messages."""
     plain = tiny_mace()
-    monkeypatch.setitem(GATED_PRODUCTS, o3.TensorProduct, benchmark("senders").GatedBySenders)
-    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="interactions.*.conv_tp"))
+    monkeypatch.setitem(OPERATIONS, o3.TensorProduct, benchmark("senders").BY_SENDERS)
+    model = inject(tiny_mace(), PeftConfig("gates", rank=2, targets="interactions.*.conv_tp"))
     inputs, gains = batch(model, configurations(2)), []
 
     def look(gate, given):
@@ -205,7 +204,7 @@ def test_the_report_has_what_was_measured(benchmark, docs):
     assert "| MMEA below ELoRA, rMD17, force | 8.7 % | -4.3 % | -13.0 |" in page  # 24 against 23
     assert "| MMEA below ELoRA, AcAc at 600 K, force RMSE | better | -4.3 % |  |" in page
     assert "| mmea published: trained, of all parameters | 20.1 % | 1.0 % | -19.1 |" in page
-    assert "| static all / MACE LoRA | 1.05 |" + 6 * " **1.444** |" in page  # 26 against 18
+    assert "| scales / MACE LoRA | 1.05 |" + 6 * " **1.444** |" in page  # 26 against 18
     readme = (docs.parent / "README.md").read_text()
     small = "| 5 % of the parameters | `--lr 0.3 --swa_lr 0.06 --peft small` | 10 (1.0 %) | 1.69 |"
     assert small in readme  # 27 against 16

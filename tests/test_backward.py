@@ -9,6 +9,7 @@ import pytest
 import torch
 from combined import adapters, assert_same, train_only, write_small
 from e3nn import o3
+from mace.cli import run_train
 from mace.modules import WeightedEnergyForcesLoss
 from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
@@ -16,10 +17,19 @@ from tiny import assert_close, assert_equal, configurations, loaded, predict, ra
 from torch import fx
 from torch_ema import ExponentialMovingAverage
 
-from mace_peft import PeftConfig, contractions, inject, trainable_parameters
-from mace_peft.backward import backward_to
-from mace_peft.contractions import contract_by_element
-from mace_peft.messages import SplitProduct, cut_by_split, is_cut, restore_messages, split_code, split_messages
+from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft.fast import contraction as contractions
+from mace_peft.fast.backward import backward_to
+from mace_peft.fast.contraction import contract_by_element
+from mace_peft.fast.tensor_product import (
+    SplitProduct,
+    cut_by_split,
+    is_cut,
+    restore_messages,
+    split_code,
+    split_messages,
+)
+from mace_peft.patching import replaced
 
 STEPS = 20
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -35,7 +45,7 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
         split_messages(model)
     with contextlib.ExitStack() as stack:
         if cheap:
-            stack.enter_context(backward_to(lambda: list(learnt.values())))
+            stack.enter_context(replaced(torch.Tensor, "backward", backward_to(lambda: list(learnt.values()))))
             stack.enter_context(contract_by_element())
         for _ in range(STEPS):
             loss, _ = take_step(
@@ -48,9 +58,8 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
 
 @pytest.mark.parametrize("targets", ["products", "linears", "published", "all"])
 @pytest.mark.parametrize("method", [{"method": "mmea", "rank": 2}, {"method": "elora", "rank": 2},
-                                    {"method": "mmea", "gate": "static"},
-                                    {"method": "elora", "rank": 2, "gate": "static"}],
-                         ids=["mmea", "elora", "static", "elora-static"])
+                                    {"method": "scales"}, {"method": "elora+scales", "rank": 2}],
+                         ids=["mmea", "elora", "scales", "elora-scales"])
 def test_losses_and_weights_are_those_of_the_whole_backward_pass(method, targets):
     model = randomise(inject(tiny_mace(), PeftConfig(**method, targets=targets, train_also="readouts.*")))
     losses, weights, of_positions = train(copy.deepcopy(model), cheap=True)
@@ -62,14 +71,20 @@ def test_losses_and_weights_are_those_of_the_whole_backward_pass(method, targets
 
 
 def test_a_run_ends_as_with_the_steps_of_mace(tmp_path, monkeypatch):
+    bound, train = [], run_train.tools.train
+
+    def noting_what_is_bound(**arguments):
+        bound.append((torch.Tensor.backward, Contraction.forward))
+        train(**arguments)
+
+    monkeypatch.setattr(run_train.tools, "train", noting_what_is_bound)
+    of_mace = torch.Tensor.backward, Contraction.forward
     inputs = write_small(tmp_path)
     run, given = train_only(inputs, "cheap", "--ema", max_num_epochs=3)
     assert all(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
-    monkeypatch.setattr("mace_peft.finetune.backward_to", lambda trained: contextlib.nullcontext())
-    monkeypatch.setattr("mace_peft.finetune.split_messages", lambda model: model)
-    monkeypatch.setattr("mace_peft.finetune.contract_by_element", contextlib.nullcontext)
-    whole, given = train_only(inputs, "whole", "--ema", max_num_epochs=3)
+    whole, given = train_only(inputs, "whole", "--ema", max_num_epochs=3, peft_fast=False)
     assert not any(isinstance(block.conv_tp, SplitProduct) for block in given["model"].interactions)
+    assert not {*bound[0]} & {*of_mace} and bound[1] == of_mace
     assert_same(adapters(run), adapters(whole), 1e-10)
 
 

@@ -16,8 +16,8 @@ from tiny import configurations, tiny_mace
 
 from mace_peft import PeftConfig, inject
 
-MMEA = {"peft": "mmea", "peft_rank": 2}
-ELORA = {"peft": "elora", "peft_rank": 2}
+MMEA = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
+ELORA = {"peft": "elora", "peft_rank": 2, "peft_targets": "products"}
 
 # options, and what the line says of them: the value, the cause, the remedy
 BAD_VALUES = {
@@ -39,16 +39,20 @@ BAD_VALUES = {
     "init_std -1": (MMEA | {"peft_init_std": -1}, ["--peft_init_std -1", "number from 0 up"]),
     "init_std nan": (MMEA | {"peft_init_std": "nan"}, ["--peft_init_std nan", "number from 0 up"]),
     "init_std x": (MMEA | {"peft_init_std": "x"}, ["--peft_init_std 'x'", "not a number"]),
-    "method mmae": ({"peft": "mmae"}, ["--peft 'mmae'", "did you mean mmea", "use mmea or elora"]),
-    "method lora": ({"peft": "lora"}, ["--peft 'lora'", "did you mean elora", "use mmea or elora"]),
-    "method of nothing": ({"peft": ""}, ["--peft ''", "use mmea or elora"]),
+    "method mmae": ({"peft": "mmae"}, ["--peft 'mmae'", "did you mean mmea", "use mmea or gates or elora"]),
+    "method lora": ({"peft": "lora"}, ["--peft 'lora'", "did you mean elora", "use mmea or gates or elora"]),
+    "method of nothing": ({"peft": ""}, ["--peft ''", "use mmea or gates or elora"]),
     "gate of elora": (ELORA | {"peft_gate": "residual"}, ["--peft_gate residual", "no effect on elora"]),
+    "rank of scales": ({"peft": "scales", "peft_rank": 2}, ["--peft_rank 2", "no effect on scales", "leave it out"]),
+    "alpha of nothing but gates": ({"peft": "gates", "peft_alpha": 2},
+                                   ["--peft_alpha 2", "no effect on gates", "no low-rank updates", "leave it out"]),
     "init_std of elora": (ELORA | {"peft_init_std": 0.1}, ["--peft_init_std 0.1", "leave it out"]),
+    "gate static": (MMEA | {"peft_gate": "static"}, ["--peft_gate 'static'", "use exp or residual"]),
     "gate foo": (MMEA | {"peft_gate": "foo"}, ["--peft_gate 'foo'", "use exp or residual"]),
     "targets product": (MMEA | {"peft_targets": "product"},
                         ["--peft_targets 'product'", "did you mean products", "products, linears, published"]),
     "targets of nothing": (MMEA | {"peft_targets": " , "},
-                           ["--peft_targets ' , '", "names no module", "products, linears, published"]),
+                           ["--peft_targets ' , '", "names no module", "glob patterns such as", "a placement"]),
     "pattern without a match": (ELORA | {"peft_targets": "products.*.liner"},
                                 ["--peft_targets 'products.*.liner'", "did you mean", "products.0.linear"]),
     "one pattern of two": (ELORA | {"peft_targets": "products.0.linear,interactions.7.*"},
@@ -60,7 +64,7 @@ BAD_VALUES = {
                                     "did you mean readouts.0.linear.weight"]),
     "train_also beside a match": (MMEA | {"peft_train_also": "readouts.*,readout"},
                                   ["--peft_train_also 'readout'", "matches no parameter", "'readouts.*'"]),
-    "rank without method": ({"peft_rank": 4}, ["--peft_rank 4", "without --peft", "add --peft mmea or --peft elora"]),
+    "rank without method": ({"peft_rank": 4}, ["--peft_rank 4", "without --peft", "add --peft with one of mmea, "]),
     "targets without method": ({"peft_targets": "linears"}, ["--peft_targets linears", "without --peft"]),
 }
 BAD_COMBINATIONS = {
@@ -113,13 +117,13 @@ BAD_FOUNDATIONS = {
     "class": (lambda: saved(without_scale_shift()), ["is a MACE", "ScaleShiftMACE"]),
     "in part": (lambda: saved(without_radial_embedding()), ["is a ScaleShiftMACE", "cannot read", "upgrade"]),
     "compiled": (compiled, ["TorchScript", ".model file that it was compiled from"]),
-    "adapted by another method": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2))),
+    "adapted by another method": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2, targets="products"))),
                                   ["--peft mmea differs from the elora", "start from the foundation"]),
-    "adapted with another rank": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=3))),
+    "adapted with another rank": (lambda: saved(inject(tiny_mace(), PeftConfig("mmea", rank=3, targets="products"))),
                                   ["--peft_rank 2 differs from the 3", "give 3"]),
-    "adapted without gains": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2))),
-                              ["--peft_gate static does not go with", "no gains", "use --peft elora without it"],
-                              {"peft": "elora", "peft_gate": "static"}),
+    "adapted without gains": (lambda: saved(inject(tiny_mace(), PeftConfig("elora", rank=2, targets="products"))),
+                              ["--peft elora+scales differs from the elora", "give elora, or start from"],
+                              {"peft": "elora+scales"}),
 }
 
 
@@ -193,7 +197,7 @@ def test_options_that_only_look_like_conflicts_go_together(inputs):
     off = {"lora": False, "freeze": 0, "enable_cueq": False, "only_cueq": False, "enable_oeq": False}
     known = vars(run_train.tools.build_default_arg_parser().parse_args(["--name=any"]))
     given = reach_training(inputs, **MMEA, **{name: value for name, value in off.items() if name in known})
-    assert given["model"].peft_config == PeftConfig("mmea", rank=2)
+    assert given["model"].peft_config == PeftConfig("mmea", rank=2, targets="products")
 
 
 @pytest.mark.parametrize("name, flags", [

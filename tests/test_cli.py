@@ -10,7 +10,7 @@ from runs import environment
 from tiny import configurations, randomise, tiny_mace
 
 from mace_peft import PeftConfig, cli, inject, merge, save_adapter, trainable_parameters
-from mace_peft.models import fingerprint
+from mace_peft.model.adapted import fingerprint
 
 FOUNDATION = "foundation.model"
 
@@ -21,13 +21,14 @@ def folder(tmp_path_factory):
     foundation = tiny_mace()
     torch.save(foundation, folder / FOUNDATION)
     origin = {"name": FOUNDATION, "head": None, "fingerprint": fingerprint(foundation)}
-    for method, config in {"mmea": PeftConfig("mmea", rank=2, train_also="readouts.0.*"),
-                           "elora": PeftConfig("elora", rank=3, alpha=1.5, targets="linears")}.items():
+    for method, config in {"mmea": PeftConfig("mmea", rank=2, targets="products", train_also="readouts.0.*"),
+                           "scales": PeftConfig("scales"),
+                           "elora": PeftConfig("elora", rank=3, alpha=1.5)}.items():
         model = randomise(inject(tiny_mace(), config, origin))
         save_adapter(model, folder / method)
         torch.save(model, folder / f"{method}.model")
     torch.save(merge(model), folder / "merged.model")
-    save_adapter(inject(tiny_mace(max_L=0), PeftConfig("mmea", rank=2)), folder / "scalars")
+    save_adapter(inject(tiny_mace(max_L=0), PeftConfig("mmea", rank=2, targets="products")), folder / "scalars")
     torch.save(tiny_mace(max_L=0), folder / "scalars.model")
     ase.io.write(folder / "water.xyz", configurations(2, "H2O"))
     (folder / "text.xyz").write_text("no structures\n")
@@ -71,7 +72,7 @@ def rows(text):
 @pytest.mark.parametrize("path", ["mmea", "mmea.model"])
 def test_info_of_an_mmea_adapter(command, folder, path):
     said, modules = rows(command("info", path))
-    assert said["method"] == "mmea, rank 2, gate exp"
+    assert said["method"] == "mmea, rank 2, alpha 2, gate exp"
     assert said["placement"] == "products" and said["trains along"] == "readouts.0.*"
     assert said["elements"] == "H C O" and said["heads"] == "Default" and said["class"] == "ScaleShiftMACE"
     assert said["foundation"] == FOUNDATION and said["fingerprint"] == fingerprint(tiny_mace())
@@ -91,6 +92,12 @@ def test_info_of_an_elora_adapter(command, folder):
     assert f"({size:,} bytes)" in said["what"]
 
 
+def test_info_of_scales(command):
+    said, modules = rows(command("info", "scales"))
+    assert said["method"] == "scales" and said["placement"] == "all" and said["trains along"] == "nothing"
+    assert modules["atomic_energies_fn"] == "3"
+
+
 @pytest.mark.parametrize("path", [FOUNDATION, "merged.model"])
 def test_info_of_a_plain_model(command, folder, path):
     said, modules = rows(command("info", path))
@@ -101,7 +108,8 @@ def test_info_of_a_plain_model(command, folder, path):
 def test_plot_writes_a_figure_of_each_kind(command, folder):
     assert command("plot", "mmea", "--foundation", FOUNDATION, "--structures", "water.xyz").endswith("mmea_gains.png\n")
     assert command("plot", "elora", "--foundation", FOUNDATION).endswith("elora_updates.png\n")
-    for name in ("mmea_gains.png", "elora_updates.png"):
+    assert command("plot", "scales", "--foundation", FOUNDATION).endswith("scales_gains.png\n")
+    for name in ("mmea_gains.png", "elora_updates.png", "scales_gains.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -117,7 +125,9 @@ def test_plot_writes_a_figure_of_each_kind(command, folder):
     (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "text.xyz"], ["text.xyz cannot be read"]),
     (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "none.xyz"], ["none.xyz cannot be read"]),
     (["plot", "elora", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["water.xyz has no effect"]),
-    (["plot", "scalars", "--foundation", "scalars.model"], ["no low-rank update to draw"]),
+    (["plot", "scalars", "--foundation", "scalars.model"],
+     ["--peft mmea with --peft_targets products has no low-rank update to draw"]),
+    (["plot", "scales", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["no effect on scales"]),
 ], ids=" ".join)
 def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
     before = {path.name for path in folder.iterdir()}

@@ -184,7 +184,7 @@ def test_structures_that_get_no_pseudolabels_stop_the_run(inputs, capsys):
 
     original = ScaleShiftMACE.forward
     with unittest.mock.patch.object(ScaleShiftMACE, "forward", forward), pytest.raises(SystemExit):
-        reach_training(inputs, peft="mmea", peft_rank=2, **unlabelled, pseudolabel_replay=True)
+        reach_training(inputs, **PEFT, **unlabelled, pseudolabel_replay=True)
     message = capsys.readouterr().err
     assert "left 4 of 8 structures without labels" in message and "--batch_size" in message
 

@@ -226,7 +226,7 @@ def test_the_latest_checkpoint_stays_or_all_do(inputs, given, tmp_path):
 def test_patience_ends_what_it_ends_without_peft(inputs, tmp_path):
     """With a learning rate of 0 no epoch is better than the first."""
     said = []
-    for name, peft in [("peft", PEFT), ("plain", {"peft": None, "peft_rank": None})]:
+    for name, peft in [("peft", PEFT), ("plain", dict.fromkeys(PEFT))]:
         run, _ = train_only(inputs, tmp_path / name, "--swa", lr=0, swa_lr=0, start_swa=3, patience=1, clip_grad=1.0,
                             max_num_epochs=5, **peft)
         said.append(re.findall("Stopping optimization .*|Epoch [0-9]+|Changing loss", run.log))

@@ -13,8 +13,9 @@ from releases import release, since
 from runs import reach_training, train_here, write_inputs
 from tiny import tiny_mace
 
-from mace_peft import PeftError, start, trainable_parameters
-from mace_peft.plugin import SUPPORTED
+from mace_peft import PeftError, trainable_parameters
+from mace_peft.train import start
+from mace_peft.train.plugin import SUPPORTED
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs/compatibility.md").read_text()

@@ -6,41 +6,51 @@ import pytest
 
 from mace_peft import PeftConfig, PeftError
 
-# settings, what the message names: the option, the value, and what to use instead
+METHODS = "use mmea or gates or elora or scales or elora+scales or small"
+PLACES = ["glob", "'interactions.*.linear'", "a placement"]
+# settings, what the message names: the setting, the value, and what to use instead
 REFUSED = [
-    ({"method": "lora"}, ["--peft ", "'lora'", "did you mean elora", "use mmea or elora"]),
-    ({"method": "MMEA"}, ["--peft ", "'MMEA'", "use mmea or elora"]),
-    ({"method": None}, ["--peft ", "None", "use mmea or elora"]),
-    ({"method": ["mmea"]}, ["--peft ", "mmea", "use mmea or elora"]),
-    ({"gate": "expp"}, ["--peft_gate", "'expp'", "did you mean exp", "use exp or residual"]),
-    ({"gate": "sigmoid"}, ["--peft_gate", "'sigmoid'", "use exp or residual"]),
-    ({"rank": 0}, ["--peft_rank", "0", "at least 1"]),
-    ({"rank": -3}, ["--peft_rank", "-3", "at least 1"]),
-    ({"rank": 2.5}, ["--peft_rank", "2.5", "whole number"]),
-    ({"rank": 4.0}, ["--peft_rank", "4.0", "whole number"]),
-    ({"rank": "16"}, ["--peft_rank", "16", "whole number"]),
-    ({"rank": True}, ["--peft_rank", "True", "whole number"]),
-    ({"rank": None}, ["--peft_rank", "None", "whole number"]),
-    ({"alpha": 0}, ["--peft_alpha", "0", "above 0"]),
-    ({"alpha": -1.5}, ["--peft_alpha", "-1.5", "above 0"]),
-    ({"alpha": float("nan")}, ["--peft_alpha", "nan", "above 0"]),
-    ({"alpha": float("inf")}, ["--peft_alpha", "inf", "above 0"]),
-    ({"alpha": "1"}, ["--peft_alpha", "1", "above 0"]),
-    ({"init_std": -0.001}, ["--peft_init_std", "-0.001", "from 0 up"]),
-    ({"init_std": float("nan")}, ["--peft_init_std", "nan", "from 0 up"]),
-    ({"init_std": float("inf")}, ["--peft_init_std", "inf", "from 0 up"]),
-    ({"init_std": None}, ["--peft_init_std", "None", "from 0 up"]),
-    ({"targets": ""}, ["--peft_targets", "''", "products, linears, published", "glob"]),
-    ({"targets": " , "}, ["--peft_targets", "' , '", "products, linears, published", "glob"]),
-    ({"targets": None}, ["--peft_targets", "None", "products, linears, published", "glob"]),
-    ({"targets": ["products.*"]}, ["--peft_targets", "products.*", "products, linears, published", "glob"]),
-    ({"train_also": ["readouts.*"]}, ["--peft_train_also", "readouts.*", "comma-separated"]),
-    ({"train_also": " , "}, ["--peft_train_also", "' , '", "leave it out"]),
-    ({"rank": "auto", "gate": "static"}, ["--peft_rank auto", "static gains", "leave it out"]),
-    ({"rank": 4, "gate": "static"}, ["--peft_rank 4", "static gains", "leave it out"]),
-    ({"alpha": 4, "gate": "static"}, ["--peft_alpha 4", "static gains", "leave it out"]),
-    ({"init_std": 0.1, "method": "elora"}, ["--peft_init_std 0.1", "elora", "leave it out"]),
-    ({"gate": "residual", "method": "elora"}, ["--peft_gate residual", "elora", "use --peft_gate static"]),
+    ({"method": "lora"}, ["method 'lora'", "did you mean elora", METHODS]),
+    ({"method": "MMEA"}, ["method 'MMEA'", METHODS]),
+    ({"method": None}, ["method None", METHODS]),
+    ({"method": ["mmea"]}, ["method ['mmea']", METHODS]),
+    ({"gate": "expp"}, ["gate 'expp'", "did you mean exp", "use exp or residual"]),
+    ({"gate": "sigmoid"}, ["gate 'sigmoid'", "use exp or residual"]),
+    ({"gate": "static"}, ["gate 'static'", "use exp or residual"]),
+    ({"rank": 0}, ["rank 0", "at least 1"]),
+    ({"rank": -3}, ["rank -3", "at least 1"]),
+    ({"rank": 2.5}, ["rank 2.5", "whole number"]),
+    ({"rank": 4.0}, ["rank 4.0", "whole number"]),
+    ({"rank": "16"}, ["rank '16'", "whole number"]),
+    ({"rank": True}, ["rank True", "whole number"]),
+    ({"rank": [16]}, ["rank [16]", "whole number"]),
+    ({"alpha": 0}, ["alpha 0", "above 0"]),
+    ({"alpha": -1.5}, ["alpha -1.5", "above 0"]),
+    ({"alpha": float("nan")}, ["alpha nan", "above 0"]),
+    ({"alpha": float("inf")}, ["alpha inf", "above 0"]),
+    ({"alpha": "1"}, ["alpha '1'", "above 0"]),
+    ({"init_std": -0.001}, ["init_std -0.001", "from 0 up"]),
+    ({"init_std": float("nan")}, ["init_std nan", "from 0 up"]),
+    ({"init_std": float("inf")}, ["init_std inf", "from 0 up"]),
+    ({"init_std": "0.1"}, ["init_std '0.1'", "from 0 up"]),
+    ({"targets": ""}, ["targets ''", *PLACES]),
+    ({"targets": " , "}, ["targets ' , '", *PLACES]),
+    ({"targets": 5}, ["targets 5", *PLACES]),
+    ({"targets": ["products.*"]}, ["targets ['products.*']", *PLACES]),
+    ({"train_also": ["readouts.*"]}, ["train_also ['readouts.*']", "comma-separated"]),
+    ({"train_also": " , "}, ["train_also ' , '", "leave it out"]),
+    ({"rank": "auto", "method": "scales"}, ["rank auto", "scales, which has no rank", "leave it out"]),
+    ({"rank": 4, "method": "scales"}, ["rank 4", "scales, which has no rank", "leave it out"]),
+    ({"alpha": 4, "method": "scales"}, ["alpha 4", "scales, which has no low-rank updates", "leave it out"]),
+    ({"budget": "5%", "method": "scales"}, ["budget 5%", "scales, which has no rank", "leave it out"]),
+    ({"rank_pattern": {"linear": 2}, "method": "scales"}, ["rank_pattern {'linear': 2}", "no rank", "leave it out"]),
+    ({"alpha": 4, "method": "gates"}, ["alpha 4", "gates, which has no low-rank updates", "leave it out"]),
+    ({"init_std": 0.1, "method": "elora"}, ["init_std 0.1", "elora, which has no gates", "leave it out"]),
+    ({"gate": "residual", "method": "elora"}, ["gate residual", "elora, which has no gates", "leave it out"]),
+    ({"gate": "exp", "method": "elora+scales"}, ["gate exp", "elora+scales, which has no gates", "leave it out"]),
+    ({"gate": "exp", "method": "small"}, ["gate exp", "small, which has no gates", "leave it out"]),
+    ({"rank": 4, "budget": "5%"}, ["budget 5%", "rank 4", "leave it out", "use rank auto"]),
+    ({"rank": 4, "rank_pattern": {"linear": 2}}, ["rank_pattern {'linear': 2}", "rank 4", "use rank auto"]),
     ({"rank": "auto", "rank_pattern": 5}, ["rank_pattern 5", "{name of a module: rank}"]),
     ({"rank": "auto", "rank_pattern": {5: 5}}, ["rank_pattern 5", "{name of a module: rank}"]),
     ({"rank": "auto", "rank_pattern": {"linear": 0}}, ["rank_pattern linear", "0", "at least 1"]),
@@ -57,10 +67,39 @@ def test_a_value_outside_the_rules_is_refused(settings, named):
         assert part in message, message
 
 
-def test_defaults():
-    assert PeftConfig("mmea").to_dict() == {
-        "method": "mmea", "rank": 16, "alpha": 16.0, "targets": "products", "gate": "exp", "init_std": 0.0,
-        "train_also": None, "budget": None, "rank_pattern": None}
+def test_on_the_command_line_settings_are_options():
+    with pytest.raises(PeftError) as error:
+        PeftConfig("mmea", rank=4, budget="5%")
+    assert str(error.value) == "budget 5% has no effect on rank 4: leave it out, or use rank auto"
+    assert error.value.on_command_line() == ("--peft_budget 5% has no effect on --peft_rank 4: leave it out, or use "
+                                             "--peft_rank auto")
+    with pytest.raises(PeftError) as error:
+        PeftConfig("lora")
+    assert error.value.on_command_line().startswith("--peft 'lora' is unknown")
+
+
+GATED = {"gate": "exp", "init_std": 0.0}
+DEFAULTS = {  # those that are not None
+    "mmea": {"rank": 16, "alpha": 16.0, "targets": "published", **GATED},
+    "gates": {"rank": 16, "targets": "all", **GATED},
+    "elora": {"rank": 16, "alpha": 16.0, "targets": "linears"},
+    "scales": {"targets": "all"},
+    "elora+scales": {"rank": 16, "alpha": 16.0, "targets": "linears"},
+    "small": {"rank": "auto", "targets": "linears", "budget": "5%"},
+}
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_defaults(method):
+    """A setting that does not act on the method is None."""
+    nothing = dict.fromkeys(("rank", "alpha", "targets", "gate", "init_std", "train_also", "budget", "rank_pattern"))
+    assert PeftConfig(method).to_dict() == {"method": method, **nothing, **DEFAULTS[method]}
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_None_is_the_default(method):
+    nothing = dict.fromkeys(("rank", "alpha", "targets", "gate", "init_std", "train_also", "budget", "rank_pattern"))
+    assert PeftConfig(method, **nothing) == PeftConfig(method)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 32])
@@ -74,7 +113,10 @@ def test_alpha_is_the_rank_by_default(rank):
     PeftConfig("elora", rank=3, alpha=0.5, targets="published"),
     PeftConfig("mmea", rank=32, targets="interactions.*.linear, readouts.*", gate="residual", init_std=0.001,
                train_also="readouts.*"),
-])
+    PeftConfig("scales"),
+    PeftConfig("elora+scales", rank="auto", budget=500, rank_pattern={"linear": 3}),
+    *map(PeftConfig, DEFAULTS),
+], ids=lambda config: config.options())
 def test_settings_survive_json(config):
     assert PeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
@@ -88,7 +130,8 @@ def test_numbers_of_numpy_survive_json():
 def test_options_are_what_one_types():
     config = PeftConfig("elora", rank=3, targets="interactions.*")
     assert config.options() == "--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.*"
-    assert PeftConfig("mmea", gate="static").options() == "--peft=mmea --peft_targets=products --peft_gate=static"
+    assert PeftConfig("scales", targets="products").options() == "--peft=scales --peft_targets=products"
+    assert PeftConfig("small").options() == "--peft=small --peft_rank=auto --peft_targets=linears --peft_budget=5%"
 
 
 def test_settings_cannot_change():

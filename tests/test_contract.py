@@ -17,23 +17,28 @@ from mace.tools.scripts_utils import extract_config_mace_model
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, merge, trainable_parameters
-from mace_peft.injection import fold
-from mace_peft.models import is_adapted
+from mace_peft.methods import METHODS, MMEA, LowRank, Method
+from mace_peft.model.adapted import is_adapted
+from mace_peft.model.inject import fold
 
 # a composite, an adapter around adapters, a single module
 GLOBS = "interactions.0, products.*, readouts.0.linear"
 PLACEMENTS = ("products", "linears", "published", GLOBS)
-# static: mmea with static gains
-METHODS = ("mmea", "elora", "static")
 DOUBLE, SINGLE = torch.float64, torch.float32
-# every method x placement x dtype on one model, and every max_L where all kinds of modules are adapted
-EVERY = [(method, targets, 1, dtype) for method in METHODS for targets in PLACEMENTS for dtype in (DOUBLE, SINGLE)]
-EVERY += [(method, "published", max_L, DOUBLE) for method in METHODS for max_L in (0, 2, 3)]
-EVERY += [(method, "all", 1, DOUBLE) for method in (*METHODS, "elora-static")]
+# every kind of adapter x placement x dtype on one model, and every max_L where all kinds of modules are adapted
+EVERY = [(method, targets, 1, dtype) for method in ("mmea", "elora", "scales") for targets in PLACEMENTS
+         for dtype in (DOUBLE, SINGLE)]
+EVERY += [(method, "published", max_L, DOUBLE) for method in ("mmea", "elora", "scales") for max_L in (0, 2, 3)]
+EVERY += [(method, "all", 1, DOUBLE) for method in ("mmea", "elora", "scales", "elora+scales", "gates")]
+# gates are those of mmea where there are no tensor products and convolutions; small has a row of its own, and no more
+EVERY += [("gates", "published", 1, DOUBLE), ("gates", GLOBS, 1, DOUBLE), ("gates", "all", 1, SINGLE)]
+EVERY += [("gates", "all", max_L, DOUBLE) for max_L in (0, 2, 3)]
+EVERY += [("elora+scales", "linears", 1, SINGLE), ("small", "linears", 1, DOUBLE)]
 IN_DOUBLE = [case for case in EVERY if case[3] == DOUBLE]
 ONE_MODEL = [case for case in IN_DOUBLE if case[2] == 1]
+WITH_GATES = [case for case in ONE_MODEL if case[0] in ("mmea", "gates")]
 COMPILED = [("mmea", "products", 1, DOUBLE), ("mmea", GLOBS, 1, DOUBLE), ("elora", "published", 1, DOUBLE),
-            ("static", "all", 1, DOUBLE)]
+            ("scales", "all", 1, DOUBLE), ("gates", "all", 1, DOUBLE)]
 
 
 def name(case):
@@ -72,12 +77,10 @@ def base(case):
 def config_of(case, **settings):
     """The settings, but those without effect, which are refused."""
     method, targets, _, _ = case
-    if method == "static":
-        settings = {}
-    elif method == "mmea" and targets in ("products", "linears", "all"):
+    settings = {name: value for name, value in settings.items() if name in METHODS[method].settings}
+    if method == "mmea" and targets in ("products", "linears"):
         settings.pop("alpha", None)
-    method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
-    return PeftConfig(method, gate=gate, targets=targets, **settings)
+    return PeftConfig(method, targets=targets, **settings)
 
 
 def new(case):
@@ -189,7 +192,7 @@ def test_only_trainable_parameters_require_grad(case):
 @pytest.mark.parametrize("switched", [True, False])
 def test_trainable_parameters_do_not_depend_on_requires_grad(switched):
     """MACE switches it on every parameter while it evaluates."""
-    model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, train_also="readouts.0.*"))
+    model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, targets="products", train_also="readouts.0.*"))
     expected = list(trainable_parameters(model))
     assert list(trainable_parameters(model.requires_grad_(switched))) == expected
     assert "readouts.0.linear.weight" in expected
@@ -223,11 +226,11 @@ def test_a_force_loss_reaches_every_trainable_parameter(case):
     loss_of(model, energy=False).backward()
     unused = {key for key, p in trainable_parameters(model).items() if p.grad is None}
     # forces do not depend on a constant that is added to an atom's energy
-    constants = {"readouts.0.linear.adapter.b0", "readouts.1.linear_2.adapter.b0", "atomic_energies_fn.adapter.s"}
+    constants = {"readouts.0.linear.adapter.b0", "readouts.1.linear_2.adapter.b0",
+                 "atomic_energies_fn.adapter.s.atomic_energies"}
     assert unused == constants & set(trainable_parameters(model))
     loss_of(model).backward()
     assert {key for key, p in model.named_parameters() if p.grad is not None} == set(trainable_parameters(model))
-
 
 
 # --- symmetry ---------------------------------------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def test_an_ejected_model_can_be_adapted_again(case):
     assert_equal(settled(model), base_prediction(*case[2:]))
 
 
-@over([case for case in ONE_MODEL if case[0] == "mmea"])
+@over(WITH_GATES)
 def test_gates_that_are_left_can_be_injected_again(case):
     """By the settings that the model of a run has: its updates are folded."""
     model = fold(adapted(case))
@@ -344,14 +347,14 @@ def test_gates_that_are_left_can_be_injected_again(case):
 
 
 def test_eject_restores_the_parameters_that_trained_along():
-    model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, train_also="readouts.0.*"))
+    model = inject(base(EVERY[0]), PeftConfig("mmea", rank=2, targets="products", train_also="readouts.0.*"))
     original = shared_base(*EVERY[0][2:])
     assert not torch.equal(randomise(model).readouts[0].linear.weight, original.readouts[0].linear.weight)
     assert_same_modules(eject(model), original)
 
 
 def test_merge_keeps_the_parameters_that_trained_along():
-    model = inject(base(EVERY[0]), PeftConfig("elora", rank=2, train_also="readouts.0.*"))
+    model = inject(base(EVERY[0]), PeftConfig("elora", rank=2, targets="products", train_also="readouts.0.*"))
     weight = randomise(model).readouts[0].linear.weight.detach().clone()
     assert torch.equal(merge(model).readouts[0].linear.weight, weight)
     assert_same_shape(model, shared_base(*EVERY[0][2:]))
@@ -367,7 +370,7 @@ def test_switched_off_it_is_the_base_until_switched_on_again(case):
     assert_equal(settled(model), prediction(case))
 
 
-@over([case for case in EVERY if case[0] != "mmea"])
+@over([case for case in EVERY if not METHODS[case[0]].has_gates])
 def test_merge_gives_a_plain_model_with_the_same_predictions(case):
     model, original, expected = adapted(case), base(case), prediction(case)
     assert b"mace_peft" in dump(model)
@@ -382,7 +385,7 @@ def test_merge_gives_a_plain_model_with_the_same_predictions(case):
         merge(model)
 
 
-@over([case for case in ONE_MODEL if case[0] == "mmea"])
+@over(WITH_GATES)
 def test_merge_refuses_gates_and_leaves_the_model_as_it_was(case):
     model, before = adapted(case), shared(case)
     with pytest.raises(PeftError, match=r"cannot be merged.*environment.*TorchScript") as error:
@@ -400,9 +403,11 @@ def test_fold_leaves_the_gates_of_a_hybrid():
     assert_close(predict(model, structures()), expected)
 
 
-@pytest.mark.parametrize("targets", ["published", "interactions.1.*,readouts.*", "*.conv_tp,*.symmetric_contractions"])
-def test_the_settings_of_a_folded_hybrid_give_its_gates(targets):
-    model = randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, targets=targets)))
+@pytest.mark.parametrize("method, targets", [
+    ("mmea", "published"), ("mmea", "interactions.1.*,readouts.*"), ("both", "*.conv_tp,*.symmetric_contractions")])
+def test_the_settings_of_a_folded_hybrid_give_its_gates(method, targets, monkeypatch):
+    monkeypatch.setitem(METHODS, "both", Method("both", {"convolution": MMEA, "contraction": LowRank}, "all", 0.01))
+    model = randomise(inject(tiny_mace(), PeftConfig(method, rank=2, targets=targets)))
     fold(model)
     config, shapes = model.peft_config, {name: weight.shape for name, weight in trainable_parameters(model).items()}
     inject(eject(model), config)

@@ -12,7 +12,7 @@ from runs import fork, write_inputs
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
-from mace_peft.accelerated import accelerate, copy_trained
+from mace_peft.train.cuequivariance import accelerate, copy_trained
 
 pytestmark = pytest.mark.usefixtures("double_precision", "uncompiled")
 
@@ -26,18 +26,16 @@ def foundation(polar=False, **options):
 
 
 converted = functools.cache(lambda **options: convert_e3nn_cueq.run(foundation(**options)))
-METHODS = ("mmea", "elora", "static")  # static: mmea with static gains
+METHODS = ("mmea", "elora", "scales")
 EVERY = [(method, targets) for method in METHODS for targets in ("products", "published")]
-EVERY += [("elora-static", "all"), ("mmea", "all")]
-PARTS = [(method, "interactions.*.skip_tp") for method in METHODS]
-PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "static")]
+EVERY += [("elora+scales", "all"), ("gates", "all")]
+PARTS = [(method, "interactions.*.skip_tp") for method in (*METHODS, "gates")]
+PARTS += [(method, "products.0.symmetric_contractions.contractions.1") for method in ("elora", "scales")]
 
 
 def new(method, targets, train_also=None, **options):
     """A model with random adapters."""
-    method, gate = {"static": ("mmea", "static"), "elora-static": ("elora", "static")}.get(method, (method, "exp"))
-    rank = {} if (method, gate) == ("mmea", "static") else {"rank": 2}
-    config = PeftConfig(method, gate=gate, targets=targets, train_also=train_also, **rank)
+    config = PeftConfig(method, rank=None if method == "scales" else 2, targets=targets, train_also=train_also)
     return randomise(inject(copy.deepcopy(foundation(**options)), config))
 
 
@@ -74,7 +72,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method, targets", [("mmea", "all"), ("elora-static", "all")])
+@pytest.mark.parametrize("method, targets", [("gates", "all"), ("elora+scales", "all")])
 @pytest.mark.parametrize("options", [pytest.param(options, marks=pytest.mark.since(since), id=name)
                                      for name, (since, options) in OTHERS.items()])
 def test_other_bases_too(options, method, targets):
@@ -90,12 +88,12 @@ def test_what_it_learns_goes_back():
 
 
 def test_a_contraction_that_trains_along_is_refused():
-    with pytest.raises(PeftError, match="weights_max trains along.*leave it out of --peft_train_also"):
+    with pytest.raises(PeftError, match="weights_max trains along.*leave it out of train_also"):
         on_cueq(new("mmea", "products", train_also="products.0.symmetric_contractions.*"))
 
 
 def test_a_base_that_mace_cannot_convert_is_refused():
-    model = inject(tiny_mace(max_ell=1, correlation=1), PeftConfig("mmea", rank=2))
+    model = inject(tiny_mace(max_ell=1, correlation=1), PeftConfig("mmea", rank=2, targets="products"))
     with pytest.raises(PeftError, match="MACE cannot convert this model to cuEquivariance .*: leave out --enable_cueq"):
         accelerate(model, eject(copy.deepcopy(model)), convert_e3nn_cueq.run)
 
@@ -104,7 +102,7 @@ def test_a_base_that_mace_cannot_convert_is_refused():
 
 
 def test_gates_go_to_cuequivariance_with_the_model_and_back(tmp_path):
-    model = new("mmea", "all")
+    model = new("gates", "all")
     torch.save(model, tmp_path / "adapted.model")
     structures = configurations(2)
     for structure in structures:
@@ -129,7 +127,7 @@ def test_updates_do_not_go_to_cuequivariance_unmerged(method, targets):
 # --- mace_run_train ---------------------------------------------------------------------------------------------------
 
 CASES = {
-    "enable_cueq": {"peft": "mmea", "peft_rank": 2, "peft_train_also": "readouts.*"},
+    "enable_cueq": {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_train_also": "readouts.*"},
     "only_cueq": {"peft": "elora", "peft_rank": 2, "peft_targets": "published"},
 }
 FLAGS, OPTIONS = ("--ema", "--swa"), {"start_swa": 1, "max_num_epochs": 2}

@@ -1,6 +1,7 @@
 """Damaged, foreign and hostile adapter directories are refused, or give the same adapter."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -14,12 +15,13 @@ from mace import modules
 from safetensors.torch import load, save
 from tiny import randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, storage, trainable_parameters
-from mace_peft.models import is_adapted
-from mace_peft.storage import checksum, read_adapter
+from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft.adapter import directory as storage
+from mace_peft.adapter.directory import checksum, read_adapter
+from mace_peft.model.adapted import is_adapted
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = PeftConfig("mmea", rank=2, train_also="readouts.0.*")
+SETTINGS = PeftConfig("mmea", rank=2, targets="products", train_also="readouts.0.*")
 
 
 def small_mace(**options):
@@ -152,8 +154,8 @@ def test_a_missing_field(foundation, saved, tmp_path, field):
     ("E0s", [[-1.0, -2.0, -3.5]]),
     ("shift", [0.2]),
     ("scale", [1]),
-    ("peft", PeftConfig("mmea", rank=2, alpha=1.0, train_also="readouts.0.*").to_dict()),
-    ("peft", PeftConfig("mmea", rank=1, train_also="readouts.0.*").to_dict()),
+    ("peft", dataclasses.replace(SETTINGS, alpha=1.0).to_dict()),
+    ("peft", dataclasses.replace(SETTINGS, rank=1, alpha=None).to_dict()),
     ("dtype", "float32"),
     ("sha256", 64 * "0"),
 ])
@@ -198,15 +200,17 @@ EDITS = {
     "an unknown setting": (into("peft", novelty=1), "no proper value of peft"),
     "a missing setting": (lambda d: d["peft"].pop("alpha"), "no proper value of peft"),
     "a rank in two lines": (into("peft", rank="1\n2"), "no proper value of peft"),
-    "an unknown method": (into("peft", method="lora\n"), "--peft 'lora\\n' is unknown"),
-    "a rank that is too large": (into("peft", rank=3), "does not fit: --peft_rank 3"),
+    "an unknown method": (into("peft", method="lora\n"), "method 'lora\\n' is unknown"),
+    "a rank that is too large": (into("peft", rank=3), "does not fit: rank 3"),
     "another rank": (into("peft", rank=1, alpha=1.0), "of another shape"),
     "other targets": (into("peft", targets="linears"), "missing, unknown or of another shape"),
-    "no such targets": (into("peft", targets="linear_9"), "does not fit: --peft_targets 'linear_9'"),
-    "another method": (into("peft", method="elora"), "missing, unknown or of another shape"),
+    "no such targets": (into("peft", targets="linear_9"), "does not fit: targets 'linear_9'"),
+    "a setting that does not act": (into("peft", method="elora"), "gate exp has no effect on elora"),
+    "another method": (into("peft", method="elora", gate=None, init_std=None), "missing, unknown or of another shape"),
     "less that trains along": (into("peft", train_also=None), "missing, unknown or of another shape"),
     "another foundation": (into("foundation", name="a\nb", fingerprint="c\nd"), "foundation ('a\\nb') whose weights"),
     "a foundation without fingerprint": (lambda d: d["foundation"].pop("fingerprint"), "no proper value of foundation"),
+    "no backbone": (lambda d: d.update(backbone=None), "no proper value of backbone"),
     "an element that the foundation lacks": (lambda d: d.update(elements=[1, 6, 7]), "the foundation does not know"),
     "no elements": (lambda d: d.update(elements=[]), "no proper value of elements"),
     "elements in text": (lambda d: d.update(elements="HCO"), "no proper value of elements"),
@@ -302,7 +306,7 @@ def test_frozen_parameters_of_a_foundation_stay_frozen_if_the_adapter_is_refused
 
 
 def test_an_adapter_of_a_model_without_scale_and_shift_loads(tmp_path):
-    model = randomise(inject(small_mace(model_class=modules.MACE), PeftConfig("mmea", rank=2)))
+    model = randomise(inject(small_mace(model_class=modules.MACE), PeftConfig("mmea", rank=2, targets="products")))
     expected = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     save_adapter(model, tmp_path)
     loaded = trainable_parameters(load_adapter(eject(model), tmp_path))

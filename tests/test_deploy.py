@@ -27,9 +27,9 @@ from mace_peft import (
     load_adapter,
     save_adapter,
 )
+from mace_peft.backbones.foundation import rebuild
 from mace_peft.deploy import export
-from mace_peft.foundation import rebuild
-from mace_peft.models import fingerprint, is_adapted
+from mace_peft.model.adapted import fingerprint, is_adapted
 
 STRUCTURES = configurations(2)
 PERIODIC = configurations(1, periodic=True)
@@ -98,7 +98,7 @@ def test_a_float32_foundation_gives_the_numbers_of_a_float64_training(tmp_path):
     torch.save(foundation, tmp_path / "foundation.model")
     origin = {"name": "foundation.model", "head": None, "fingerprint": fingerprint(foundation)}
     narrowed = rebuild(foundation.double(), [1, 8], ["Default"], [[-13.1, -2000.3]])
-    model = randomise(inject(narrowed, PeftConfig("mmea", rank=2), origin))
+    model = randomise(inject(narrowed, PeftConfig("mmea", rank=2, targets="products"), origin))
     save_adapter(model, tmp_path / "adapter")
     atoms = configurations(1, "H2O")
     expected = predict(model, atoms)
@@ -142,7 +142,7 @@ def test_mace_create_lammps_model_gives_the_same_energies_and_forces(folder, cas
 
 def test_mace_create_lammps_model_gives_the_same_for_mliap(tmp_path, monkeypatch):
     """On cuEquivariance, to which the gates go with the model."""
-    model = randomise(inject(tiny_mace(max_ell=1), PeftConfig("mmea", rank=2)))
+    model = randomise(inject(tiny_mace(max_ell=1), PeftConfig("mmea", rank=2, targets="products")))
     torch.save(model, tmp_path / "trained.model")
     monkeypatch.setattr(sys, "argv", ["mace_create_lammps_model", "--format=mliap", str(tmp_path / "trained.model")])
     with process_state_restored():
@@ -264,7 +264,8 @@ def two_heads(config):
     return randomise(inject(tiny_mace(heads=("pt_head", "mine")), config))
 
 
-@pytest.mark.parametrize("config", [PeftConfig("mmea", rank=2), PeftConfig("mmea", rank=2, train_also="readouts.*"),
+@pytest.mark.parametrize("config", [PeftConfig("mmea", rank=2, targets="products"),
+                                    PeftConfig("mmea", rank=2, targets="products", train_also="readouts.*"),
                                     PeftConfig("elora", rank=2, targets="products.*,interactions.*")], ids=str)
 def test_removing_a_head_keeps_the_adapters(config):
     model = two_heads(config)
@@ -279,7 +280,7 @@ def test_removing_a_head_keeps_the_adapters(config):
 
 
 def test_mace_select_head_keeps_the_adapters(tmp_path, monkeypatch):
-    model = two_heads(PeftConfig("mmea", rank=2))
+    model = two_heads(PeftConfig("mmea", rank=2, targets="products"))
     torch.save(model, tmp_path / "two.model")
     monkeypatch.setattr(sys, "argv", ["mace_select_head", "-n", "mine", "-o", str(tmp_path / "one.model"),
                                       str(tmp_path / "two.model")])
@@ -300,7 +301,7 @@ def test_removing_a_head_from_adapted_readouts_is_refused():
 
 def test_what_a_rebuilt_model_does_not_know_is_not_made_up():
     """The readouts before the training do not go through a rebuild, so the base cannot be had from it."""
-    single = remove_pt_head(two_heads(PeftConfig("mmea", rank=2, train_also="readouts.*")), "mine")
+    single = remove_pt_head(two_heads(PeftConfig("mmea", rank=2, targets="products", train_also="readouts.*")), "mine")
     for attempt in (eject, fingerprint, lambda model: disable_adapter(model).__enter__()):
         with pytest.raises(PeftError, match="readouts.0.linear.weight trained along"):
             attempt(single)
@@ -311,7 +312,7 @@ def test_what_a_rebuilt_model_does_not_know_is_not_made_up():
 
 def test_a_head_is_chosen_for_lammps(tmp_path):
     torch.save(tiny_mace(heads=("pt_head", "mine")), tmp_path / "foundation.model")
-    save_adapter(two_heads(PeftConfig("mmea", rank=2)), tmp_path / "adapter")
+    save_adapter(two_heads(PeftConfig("mmea", rank=2, targets="products")), tmp_path / "adapter")
     arguments = (str(tmp_path / "foundation.model"), str(tmp_path / "adapter"), str(tmp_path / "out"))
     with pytest.raises(PeftError, match="heads pt_head, mine.*add --head"):
         export(*arguments, "lammps")
@@ -353,7 +354,7 @@ def test_an_export_that_fails_leaves_no_file(folder, tmp_path, small_files, form
 def test_a_model_that_torchscript_does_not_compile_is_refused(tmp_path, format):
     foundation = tiny_mace(first=NON_LINEAR, later=NON_LINEAR)
     torch.save(foundation, tmp_path / "foundation.model")
-    save_adapter(inject(foundation, PeftConfig("elora", rank=2)), tmp_path / "adapter")
+    save_adapter(inject(foundation, PeftConfig("elora", rank=2, targets="products")), tmp_path / "adapter")
     with pytest.raises(PeftError, match=f"--format {format} cannot be made, .*: use model or lammps-mliap") as error:
         export(str(tmp_path / "foundation.model"), str(tmp_path / "adapter"), str(tmp_path / "out"), format)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from releases import since
 from runs import process_state_restored, write_inputs
 from tiny import configurations, tiny_mace
 
-from mace_peft import plugin
+from mace_peft.train import plugin
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ["fine-tune", "share", "deploy", "choose", "python"]  # the later use what the first leaves

@@ -31,7 +31,8 @@ def molecule(request):
 
 def fine_tune(folder, **options) -> tuple[dict[int, float], Run]:
     """E0s in eV, by element, with which the model goes into training; and the run, for its log."""
-    return E0s_of(reach_training(folder, peft="mmea", peft_rank=2, **options)["model"]), Run(folder / "reached")
+    given = reach_training(folder, peft="mmea", peft_rank=2, peft_targets="products", **options)
+    return E0s_of(given["model"]), Run(folder / "reached")
 
 
 def E0s_of(model) -> dict[int, float]:

@@ -12,14 +12,14 @@ from releases import since
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
-from mace_peft.contractions import contract_as_mace, contract_by_element
-from mace_peft.foundation import rebuild
-from mace_peft.messages import SplitProduct, split_messages
+from mace_peft.backbones.foundation import rebuild
+from mace_peft.fast.contraction import contract_as_mace, contract_by_element
+from mace_peft.fast.tensor_product import SplitProduct, split_messages
 
 # every kind of adapter on every kind of module
-ADAPTERS = [PeftConfig("mmea", rank=2, targets="published"), PeftConfig("mmea", rank=2, targets="all"),
-            PeftConfig("elora", rank=2, targets="all", gate="static")]
-EACH_ADAPTER = pytest.mark.parametrize("config", ADAPTERS, ids=["mmea-published", "mmea-all", "elora-static-all"])
+ADAPTERS = [PeftConfig("mmea", rank=2, targets="published"), PeftConfig("gates", rank=2, targets="all"),
+            PeftConfig("elora+scales", rank=2, targets="all")]
+EACH_ADAPTER = pytest.mark.parametrize("config", ADAPTERS, ids=["mmea-published", "gates-all", "elora-scales-all"])
 DENSITY, NON_LINEAR = "RealAgnosticDensityResidualInteractionBlock", "RealAgnosticResidualNonLinearInteractionBlock"
 ATTENTION = "RealAgnosticAttResidualInteractionBlock"
 STATE = {"total_charge": {"type": "continuous", "in_dim": 1, "emb_dim": 4, "per": "graph"},

@@ -16,9 +16,9 @@ from forks import Forked
 from runs import NAME, SEED, Run, arguments, finish, fork, train_here, write_inputs
 from tiny import tiny_mace
 
-from mace_peft.storage import read_adapter
+from mace_peft.adapter.directory import read_adapter
 
-PEFT = {"peft": "mmea", "peft_rank": 2}
+PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 LIMIT = 80_000  # bytes: above any log of these runs, below their checkpoints, models and the adapter of all weights
 
 

@@ -24,10 +24,12 @@ from mace.cli import run_train
 from runs import arguments, default_foundation, process_state_restored, write_inputs
 from tiny import tiny_mace
 
-from mace_peft import PeftConfig, eject, inject, plugin, save_adapter, start
-from mace_peft.foundation import load_foundation
-from mace_peft.models import is_adapted
-from mace_peft.options import OPTIONS
+from mace_peft import PeftConfig, eject, inject, save_adapter
+from mace_peft.backbones.foundation import load_foundation
+from mace_peft.methods import METHODS
+from mace_peft.model.adapted import is_adapted
+from mace_peft.train import plugin, start
+from mace_peft.train.options import OPTIONS
 
 cases = settings(deadline=None, derandomize=True, database=None)
 
@@ -38,15 +40,16 @@ PATTERNS = ["products", "linears", "published", "all", "products.*", "products.0
 NUMBERS = {"peft_rank": lambda text: text if text == "auto" else int(text), "peft_alpha": float,
            "peft_init_std": float}
 SENSIBLE = {
-    "peft": ["mmea", "elora"],
+    "peft": list(METHODS),
     "peft_rank": ["1", "2", "4", "auto"],
     "peft_budget": ["5%", "100%", "300"],
     "peft_alpha": ["1", "0.5", "1e-3"],
     "peft_targets": PATTERNS,
-    "peft_gate": ["exp", "residual", "static"],
+    "peft_gate": ["exp", "residual"],
     "peft_init_std": ["0", "0.01"],
     "peft_train_also": ["readouts.*", "*", "node_embedding.*, products.*.weight", ""],
     "peft_adapter": PATHS[:3],
+    "peft_fast": ["True", "False"],
 }
 ODD = [
     "", " ", "0", "-1", "-0", "+2", "16 ", "1_6", "2.0", "2.5", "3.", "1e3", "1e400", "1e308", "1e-400", "nan", "-inf",
@@ -75,8 +78,9 @@ def pairs(more, **sizes):
 
 
 # the default rank is more than the foundation can use
-METHODS = [[("peft_rank", "2"), ("peft", method)] for method in SENSIBLE["peft"]]
-COMMAND_LINE = st.tuples(st.sampled_from([*METHODS, []]), pairs(ANY_TEXT, max_size=3)).map(lambda lists: sum(lists, []))
+EACH_METHOD = [[("peft_rank", "2")] * (row.rank is not None) + [("peft", method)] for method, row in METHODS.items()]
+START = st.sampled_from([*EACH_METHOD, []])
+COMMAND_LINE = st.tuples(START, pairs(ANY_TEXT, max_size=3)).map(lambda lists: sum(lists, []))
 IN_FILE = st.just({}) | pairs(ANY_TEXT | OF_YAML, max_size=2).map(dict)
 
 
@@ -87,7 +91,8 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     for method, foundation in {"mmea": default_foundation, "elora": default_foundation,
                                "other": functools.partial(tiny_mace, seed=1)}.items():
-        model = inject(foundation().double(), PeftConfig("mmea" if method == "other" else method, rank=2))
+        model = inject(foundation().double(), PeftConfig("mmea" if method == "other" else method, rank=2,
+                                                          targets="products"))
         save_adapter(model, folder / f"{method}_adapter")
         if method == "mmea":
             torch.save(model, folder / "adapted.model")
@@ -143,7 +148,7 @@ def check_message(text: str, parsed: bool) -> None:
 def check_settings(config: PeftConfig, args) -> None:
     """The settings are those that were given, as the type that the option has."""
     for name in OPTIONS:
-        if name != "peft_adapter" and hasattr(args, name):
+        if name not in ("peft_adapter", "peft_fast") and hasattr(args, name):
             held = getattr(config, "method" if name == "peft" else name.removeprefix("peft_"))
             assert held == NUMBERS.get(name, str)(getattr(args, name))
 
@@ -174,7 +179,7 @@ def front(folder):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
     seen = collections.Counter()
-    for method, value in itertools.product(METHODS, ODD + SENSIBLE[name]):
+    for method, value in itertools.product(EACH_METHOD, ODD + SENSIBLE[name]):
         automatic = [("peft_rank", "auto")] * (name == "peft_budget")
         args, fine_tune = read(front, [*method, *automatic, (name, value)], {}, {})
         if args is not None:

@@ -15,12 +15,13 @@ from runs import NAME, Run, arguments, finish, fork, write_inputs
 from tiny import configurations, predict
 
 from mace_peft import PeftError, load_adapter
-from mace_peft.checkpoints import CompleteCheckpointIO
+from mace_peft.adapter.directory import read_adapter
 from mace_peft.files import complete
-from mace_peft.storage import read_adapter
+from mace_peft.train.checkpoints import CompleteCheckpointIO
 
 EPOCHS, STAGE_TWO, KILLS = 30, 15, 20
-OPTIONS = {"peft": "mmea", "peft_rank": 2, "max_num_epochs": EPOCHS, "start_swa": STAGE_TWO}
+OPTIONS = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": EPOCHS,
+           "start_swa": STAGE_TWO}
 FLAGS = ("--swa", "--ema", "--restart_latest")
 
 # For each phase of a run, how far the log says that it has come.

@@ -13,8 +13,9 @@ from test_damage import SETTINGS, meaning, small_mace
 from test_storage import fail_at
 from tiny import randomise
 
-from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, storage, trainable_parameters
-from mace_peft.storage import CONFIG_FILE, TENSOR_FILE
+from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft.adapter import directory as storage
+from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed save runs in a fork of the process")
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -23,7 +24,7 @@ forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
     """Models of different settings and weights, and what a directory of each says."""
-    settings = [SETTINGS, SETTINGS, PeftConfig("elora", rank=1, targets="linears"), PeftConfig("mmea", rank=1)]
+    settings = [SETTINGS, SETTINGS, PeftConfig("elora", rank=1, targets="linears"), PeftConfig("scales")]
     models = [randomise(inject(small_mace(), one), seed) for seed, one in enumerate(settings)]
     return [(model, meaning(save_adapter(model, tmp_path_factory.mktemp("version")))) for model in models]
 
@@ -49,7 +50,7 @@ def kill():
 
 
 def at_moment(moment):
-    """Kill this process at that one of the calls to the file system, and the lines of storage.py that follow one."""
+    """Kill this process at that one of the calls to the file system, and the lines of directory.py that follow one."""
     passed = 0
 
     def tick(started):

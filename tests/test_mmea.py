@@ -2,6 +2,7 @@
 
 import math
 
+import blocks
 import mace  # noqa: F401  before e3nn
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mace.modules.blocks import EquivariantProductBasisBlock
 from tiny import batch, configurations, irreps_lists, randomise, tiny_mace
 
 from mace_peft import PeftConfig, inject
-from mace_peft.adapted import GATED
+from mace_peft.blocks.e3nn import GatedLinear, GatedTensorProduct
+from mace_peft.blocks.mace import GatedProduct
 from mace_peft.methods import MMEA
 
 SEEDS = st.integers(0, 2**31)
@@ -219,11 +221,10 @@ def test_compiles_to_torchscript(gate):
     torch.testing.assert_close(torch.jit.script(mmea)(x, h), mmea(x, h), rtol=1e-14, atol=1e-14)
 
 
-def gate_block(block):
+def gate_block(block, method="mmea"):
     """The block as ``inject`` adapts one, with a random gate."""
-    adapted = GATED[type(block)]
-    block.adapter = randomise(adapted.make_adapter(block, PeftConfig("mmea", rank=2)))
-    block.__class__ = adapted
+    randomise(blocks.adapt(block, method, rank=2).adapter)
+    assert isinstance(block.adapter, MMEA)
     return block
 
 
@@ -232,7 +233,18 @@ def test_the_input_of_a_linear_layer_drives_and_its_output_takes_the_gate():
     block, x = o3.Linear("3x0e+2x1o", "2x1o+3x0e"), features("3x0e+2x1o", dtype=torch.float32)
     h = block(x)
     expected = oracle(gate_block(block).adapter, "3x0e+2x1o", "2x1o+3x0e", "exp", x, h)
+    assert isinstance(block, GatedLinear)
     torch.testing.assert_close(block(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_input_of_a_tensor_product_drives_and_its_output_takes_the_gate():
+    torch.manual_seed(0)
+    block = o3.FullyConnectedTensorProduct("3x0e+2x1o", "4x0e", "2x1o+3x0e")
+    x, elements = features("3x0e+2x1o", dtype=torch.float32), torch.eye(4)[[0, 2, 1]]
+    h = block(x, elements)
+    expected = oracle(gate_block(block, "gates").adapter, "3x0e+2x1o", "2x1o+3x0e", "exp", x, h)
+    assert isinstance(block, GatedTensorProduct)
+    torch.testing.assert_close(block(x, elements).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gated_linear_layer_takes_weights_from_outside_as_its_base_does():
@@ -253,12 +265,13 @@ def test_the_whole_output_of_a_product_block_drives_and_takes_its_gate(use_sc, g
     inputs = (torch.randn(4, 2, 4), torch.randn(4, 8) if given else None, torch.eye(3)[[0, 2, 1, 0]])
     h = block(*inputs)
     expected = oracle(gate_block(block).adapter, irreps, irreps, "exp", h, h)
+    assert isinstance(block, GatedProduct)
     torch.testing.assert_close(block(*inputs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("double_precision")
 def test_a_gain_of_the_received_sum_is_one_of_every_message():
-    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="interactions.*.conv_tp"))
+    model = inject(tiny_mace(), PeftConfig("gates", rank=2, targets="interactions.*.conv_tp"))
     plain, inputs, phi = tiny_mace(), batch(model, configurations(2)), []
     for interaction in model.interactions:
         gate = randomise(interaction.linear.adapter["messages"])

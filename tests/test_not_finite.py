@@ -13,7 +13,7 @@ from tiny import tiny_mace
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
-PEFT = {"peft": "mmea", "peft_rank": 2}
+PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 # the learning rate of epoch 0, and what it is multiplied by after each epoch: the training diverges in the second one
 DIVERGES = {"lr": 0.01, "scheduler": "ExponentialLR", "lr_scheduler_gamma": 1e9}
 LINE = re.compile(

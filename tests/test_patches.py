@@ -12,10 +12,11 @@ from runs import Run, arguments, environment, write_inputs
 from scratch import REPOSITORY, Scratch, copy_sources
 
 from mace_peft import PeftConfig
-from mace_peft.plugin import SUPPORTED
+from mace_peft.train.plugin import SUPPORTED
 
 VERSION = metadata.version("mace-torch")
 PATCH = REPOSITORY / "patches" / f"mace-torch-{VERSION}.diff"
+
 
 def test_every_supported_release_has_a_patch():
     """Each is applied to its release where that is installed: ``nox`` runs the tests with every one."""

@@ -17,10 +17,11 @@ from e3nn import o3
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject
-from mace_peft.adapted import LOW_RANK
-from mace_peft.injection import fold
-from mace_peft.measure import gain_statistics, matrices, singular_values, static_gains, update_spectra
-from mace_peft.plot import draw_gains, draw_static_gains, draw_updates
+from mace_peft.inspect.figures import draw_constant_gains, draw_gains, draw_updates
+from mace_peft.inspect.gains import constant_gains, gain_statistics
+from mace_peft.inspect.spectra import update_spectra
+from mace_peft.methods import METHODS, matrices
+from mace_peft.model.inject import fold
 
 STRUCTURES = configurations(7, "CH3CH2OH") + configurations(6, "H2O")  # two batches, no carbon in the last structures
 ELEMENTS = {1: "H", 6: "C", 8: "O"}
@@ -32,13 +33,13 @@ def foundation(**options):
     return tiny_mace(**options)
 
 
-def adapted(method, targets, gate="exp", **options):
+def adapted(method, targets, gate=None, **options):
     """A tiny model of which every adapter weight is random; alpha / rank is not 1, so that a missing scale shows."""
-    settings = {} if gate == "static" else {"rank": 2}
-    if method == "elora" or targets == "published":  # gates have no such scale
-        settings["alpha"] = 3.0
-    return randomise(inject(copy.deepcopy(foundation(**options)),
-                            PeftConfig(method, targets=targets, gate=gate, **settings)))
+    settings = {"rank": 2, "alpha": 3.0, "gate": gate}
+    if method == "mmea" and targets != "published":  # gates have no such scale
+        del settings["alpha"]
+    settings = {name: value for name, value in settings.items() if name in METHODS[method].settings}
+    return randomise(inject(copy.deepcopy(foundation(**options)), PeftConfig(method, targets=targets, **settings)))
 
 
 @functools.cache
@@ -111,7 +112,7 @@ def test_elements_that_the_structures_lack_are_left_out():
 
 
 def test_gains_of_messages_are_apart_from_those_of_the_layer_that_takes_them():
-    model = adapted("mmea", "all")
+    model = adapted("gates", "all")
     blocks = gain_statistics(model, STRUCTURES[:1])["blocks"]
     assert {"interactions.1.linear", "interactions.1.linear, messages"} < set(blocks)
     assert list(blocks["interactions.1.linear, messages"]) == ["1o", "2e"]
@@ -185,13 +186,17 @@ def test_gains_that_are_not_finite_are_refused(value):
     assert "gains at products.0 are not finite" in fails(gain_statistics, model, STRUCTURES)
 
 
-# --- static gains -----------------------------------------------------------------------------------------------------
+# --- constant gains ---------------------------------------------------------------------------------------------------
 
 
-def test_static_gains_are_the_ratios_of_merged_to_base_weights():
-    model = adapted("mmea", "all", "static")
-    units, merged = static_gains(model)["units"], fold(model)
-    base = foundation()
+@pytest.mark.parametrize("method", ["scales", "elora+scales"])
+def test_constant_gains_are_the_ratios_of_merged_to_base_weights(method):
+    model = adapted(method, "all")
+    base = copy.deepcopy(model)
+    for name, parameter in base.named_parameters():
+        if name.endswith(".g"):
+            torch.nn.init.zeros_(parameter)
+    units, merged, base = constant_gains(model)["units"], fold(model), fold(base)
     for name in ("interactions.0.linear_up", "interactions.1.linear_up"):
         ratios = (merged.get_submodule(name).weight / base.get_submodule(name).weight).view(-1, 4, 4)
         assert ratios[:, 0].flatten().tolist() == pytest.approx(units[name])
@@ -201,21 +206,27 @@ def test_static_gains_are_the_ratios_of_merged_to_base_weights():
     contractions = [(m.weights_max / b.weights_max)[:, 0] for m, b in zip(
         merged.products[0].symmetric_contractions.contractions, base.products[0].symmetric_contractions.contractions,
         strict=True)]
-    assert torch.cat(contractions).flatten().tolist() == pytest.approx(units["products.0.symmetric_contractions"])
+    assert torch.cat([gains.flatten() for gains in contractions]).tolist() == pytest.approx(
+        units["products.0.symmetric_contractions"])
+    assert "atomic_energies_fn" not in units  # a shift
 
 
-def test_static_gains_need_some_that_are_finite():
-    assert "no static gains" in fails(static_gains, adapted("mmea", "products"))
-    model = adapted("mmea", "linears", "static")
+def test_constant_gains_need_some_that_are_finite():
+    for method, targets in (("mmea", "products"), ("mmea", "published"), ("gates", "all"), ("elora", "products")):
+        assert "no constant gains" in fails(constant_gains, adapted(method, targets))
+    model = adapted("scales", "linears")
     torch.nn.init.constant_(model.products[0].linear.adapter.g, 1e4)
-    assert "gains of products.0.linear are not finite" in fails(static_gains, model)
+    assert "gains of products.0.linear are not finite" in fails(constant_gains, model)
 
 
-def test_a_box_for_each_module_with_static_gains():
-    gains = static_gains(adapted("mmea", "all", "static"))
-    axes, = draw_static_gains(gains).axes
+@pytest.mark.parametrize("method, title", [("scales", "scales"), ("elora+scales", "ELoRA and scales")])
+def test_a_box_for_each_module_with_constant_gains(method, title):
+    gains = constant_gains(adapted(method, "all"))
+    figure = draw_constant_gains(gains)
+    axes, = figure.axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == [f"{name} ({len(values)})" for name, values in gains["units"].items()]
+    assert title in figure.get_suptitle()
 
 
 # --- low-rank updates -------------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ MATRICES = {
     "node_embedding.linear": (["0e"], lambda m: rows(m.node_embedding.linear, 3)),
     "interactions.0.linear": (["0e", "1o", "2e"], lambda m: rows(m.interactions[0].linear, 4, 4, 4)),
     "interactions.1.linear": (["0e", "1o", "2e"], lambda m: rows(m.interactions[1].linear, 8, 12, 8)),
-    "interactions.0.skip_tp": (["0e⊗0e", "1o⊗0e", "2e⊗0e"], lambda m: rows(m.interactions[0].skip_tp, 12, 12, 12)),
+    "interactions.0.skip_tp": (["0e*0e", "1o*0e", "2e*0e"], lambda m: rows(m.interactions[0].skip_tp, 12, 12, 12)),
     "interactions.0.conv_tp_weights": (
         ["layer0", "layer1", "layer2", "layer3"],
         lambda m: [layer.weight for layer in m.interactions[0].conv_tp_weights]),
@@ -270,13 +281,14 @@ def test_an_irrep_in_several_blocks_is_one_matrix():
     w = torch.arange(17.0).double() + 1
     with torch.no_grad():
         block.weight.copy_(w)
-    block.adapter = randomise(LOW_RANK[o3.Linear].make_adapter(block, PeftConfig("elora", rank=2, alpha=3)).double())
-    block.__class__ = LOW_RANK[o3.Linear]
+    model = inject(torch.nn.ModuleDict({"layer": block}), PeftConfig("elora", rank=2, alpha=3, targets="layer"))
+    randomise(block.adapter)
     # e3nn's order: first to first 0e, first 0e to last, 1o, last 0e to first, last to last
     base = {"0e": torch.cat([torch.cat([w[:4].view(2, 2), w[4:6].view(2, 1)], 1),
                              torch.cat([w[8:14].view(3, 2), w[14:].view(3, 1)], 1)]), "1o": w[6:8].view(1, 2)}
-    assert [matrix.tolist() for _, matrix in matrices(block, {"weight": w})] == [m.tolist() for m in base.values()]
-    for update, irrep in zip(singular_values("linear", block, ""), base, strict=True):
+    assert {irrep: matrix.tolist() for irrep, matrix in matrices(block.adapter.parts, {"weight": w}).items()} == {
+        irrep: matrix.tolist() for irrep, matrix in base.items()}
+    for update, irrep in zip(update_spectra(model)["units"]["layer"], base, strict=True):
         values = torch.linalg.svdvals(1.5 * block.adapter.A[irrep] @ block.adapter.B[irrep])
         assert update["weight"] == irrep and update["weight_norm"] == pytest.approx(base[irrep].norm().item())
         assert update["singular_values"] == pytest.approx(values[:2].tolist())
@@ -296,7 +308,8 @@ def test_every_updated_module_is_there_once():
 
 def test_updates_need_a_low_rank_update():
     message = fails(update_spectra, adapted("mmea", "products"))
-    assert "--peft mmea with targets products" in message and "--peft elora" in message
+    assert message.startswith("method mmea with targets products has no low-rank update")
+    assert "draw an adapter of elora" in message
 
 
 def test_updates_that_are_not_finite_are_refused():

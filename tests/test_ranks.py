@@ -15,19 +15,20 @@ from test_reload import assert_reloads
 from tiny import assert_equal, configurations, loaded, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, merge, save_adapter, trainable_parameters
-from mace_peft.info import info
-from mace_peft.options import read_settings
-from mace_peft.plot import plot
-from mace_peft.ranks import choose_ranks
-from mace_peft.start import settings_from
+from mace_peft.inspect.figures import plot
+from mace_peft.inspect.info import info
+from mace_peft.model.ranks import choose_ranks
+from mace_peft.model.targets import find_targets
+from mace_peft.train.options import read_settings
+from mace_peft.train.start import settings_from
 
 pytestmark = pytest.mark.usefixtures("double_precision", "uncompiled")
 
 CASES = {
     "elora": PeftConfig("elora", rank="auto", targets="all", budget="20%"),
-    "elora-static": PeftConfig("elora", rank="auto", targets="all", gate="static", budget="40%"),
-    "mmea": PeftConfig("mmea", rank="auto", targets="all", budget="30%"),
-    "mmea-published": PeftConfig("mmea", rank="auto", targets="published", budget="30%"),
+    "small": PeftConfig("small", targets="all", budget="40%"),
+    "gates": PeftConfig("gates", rank="auto", budget="30%"),
+    "mmea": PeftConfig("mmea", rank="auto", budget="30%"),
 }
 every = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
@@ -63,9 +64,9 @@ def test_each_module_has_its_own_rank(config):
         assert {part.rank if hasattr(part, "rank") else part.W1.shape[1] for part in parts} == {rank}
         assert {getattr(part, "scale", 1.0) for part in parts} == {1.0}
     others = {name for name, module in model.named_modules() if hasattr(module, "adapter")} - ranks.keys()
-    assert not others or config.gate == "static"
+    assert not others or config.method == "small"
     without = [name for name in trainable_parameters(model) if name.partition(".adapter")[0] in others]
-    assert all(name.endswith((".g", ".s")) for name in without)
+    assert all(name.endswith((".adapter.g", ".adapter.s.atomic_energies")) for name in without)
 
 
 @every
@@ -109,12 +110,12 @@ def test_a_larger_gradient_comes_first():
     assert more.rank_pattern == (("interactions.0.linear_up", 2), ("interactions.1.linear_up", 1))
 
 
-@pytest.mark.parametrize("name", ["elora-static", "mmea"])
+@pytest.mark.parametrize("name", ["small", "gates"])
 def test_a_run_chooses_says_why_and_keeps_the_choice(tmp_path, name, caplog, capsys):
     inputs, config = write_small(tmp_path), CASES[name]
-    options = {"peft": config.method, "peft_targets": "all", "peft_rank": "auto", "peft_budget": config.budget}
-    if name == "elora-static":  # the same by its name
-        options = {"peft": "small", "peft_budget": config.budget, "peft_targets": "all"}
+    options = {"peft": config.method, "peft_targets": "all", "peft_budget": config.budget}
+    if name != "small":  # whose rank it is by default
+        options["peft_rank"] = "auto"
     train_here(inputs, work_dir=tmp_path / "run", max_num_epochs=1, **options)
     said = capsys.readouterr().out + caplog.text
     assert f"Ranks chosen for a budget of {config.budget}" in said and "kept of the gradient" in said
@@ -129,7 +130,7 @@ def test_a_restart_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
     inputs = write_small(tmp_path)
     options = {"peft": "elora", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "20%"}
     _, given = train_only(inputs, "whole", max_num_epochs=2, **options)
-    monkeypatch.setattr("mace_peft.finetune.choose_ranks", None)
+    monkeypatch.setattr("mace_peft.train.finetune.choose_ranks", None)
     _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=3, **options)
     assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
     monkeypatch.undo()
@@ -150,7 +151,7 @@ def test_a_run_with_gates_and_updates_leaves_a_model_that_can_be_rebuilt(tmp_pat
     assert trainable_parameters(again).keys() == trainable_parameters(model).keys()
 
 
-@pytest.mark.parametrize("name", ["elora", "elora-static"])
+@pytest.mark.parametrize("name", ["elora", "small"])
 def test_what_was_chosen_is_told_and_drawn(tmp_path, name):
     torch.save(tiny_mace(), tmp_path / "foundation.model")
     model = randomise(inject(tiny_mace(), chosen(CASES[name])))
@@ -161,7 +162,7 @@ def test_what_was_chosen_is_told_and_drawn(tmp_path, name):
 
 
 def test_merged_ranks_of_all_sizes_give_the_same_predictions():
-    model = randomise(inject(tiny_mace(), chosen(CASES["elora-static"])), scale=0.1)
+    model = randomise(inject(tiny_mace(), chosen(CASES["small"])), scale=0.1)
     expected = predict(model, configurations(2))
     for found, wanted in zip(predict(merge(model), configurations(2)), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -180,16 +181,17 @@ def fails(function, *arguments) -> str:
 @pytest.mark.parametrize("budget", ["0", "0%", "-5%", "101%", "lots", "nan%", "1.5"])
 def test_budgets_that_are_none_are_refused(budget):
     message = fails(lambda: PeftConfig("elora", rank="auto", budget=budget))
-    assert f"--peft_budget {budget} is not allowed" in message
+    assert message.startswith(f"budget {budget} is not allowed")
 
 
 def test_what_does_not_fit_together_is_refused():
-    assert "use --peft_rank auto" in fails(lambda: PeftConfig("elora", budget="5%"))
+    assert "budget 5% has no effect on rank 16: leave it out, or use rank auto" in fails(
+        lambda: PeftConfig("elora", budget="5%"))
     message = fails(choose_ranks, tiny_mace(), dataclasses.replace(CASES["elora"], budget="3"), differentiate)
     assert "the smallest adapter takes" in message
     assert "choose_ranks" in fails(inject, tiny_mace(), CASES["elora"])
     other = chosen(CASES["elora"])
-    assert "--peft_targets products" in fails(settings_from, other, {"targets": "products"}, "the file")
+    assert "targets products differs from the all" in fails(settings_from, other, {"targets": "products"}, "the file")
     assert "no target" in fails(inject, tiny_mace(interactions=1), other)
     assert "leaves no ranks to choose" in fails(choose_ranks, tiny_mace(), PeftConfig("elora"), differentiate)
 
@@ -204,39 +206,55 @@ def test_a_rank_above_what_its_module_can_use_leaves_the_model_as_it_was():
 
 
 def test_settings_of_an_adapter_to_start_from():
-    static, fixed, auto = PeftConfig("mmea", gate="static"), PeftConfig("elora", rank=2), chosen(CASES["elora"])
-    assert "which has static gains alone" in fails(settings_from, static, {"rank": 16}, "the file")
+    fixed, auto = PeftConfig("elora", rank=2), chosen(CASES["elora"])
+    assert "method scales differs from the elora" in fails(settings_from, fixed, {"method": "scales"}, "the file")
+    assert "rank 3 differs from the 2" in fails(settings_from, fixed, {"rank": 3}, "the file")
     assert "which has the rank 2" in fails(settings_from, fixed, {"budget": "5%"}, "the file")
     assert "differs from the 20%" in fails(settings_from, auto, {"budget": "5%"}, "the file")
     assert settings_from(auto, {"budget": "20%"}, "the file") == auto
     assert read_settings(Namespace(peft="elora", peft_adapter="here", peft_budget="20%"))["budget"] == "20%"
 
 
-@pytest.mark.parametrize("config", [*CASES.values(), PeftConfig("mmea", gate="static"), PeftConfig("elora", rank=2)])
+def test_the_name_small_is_part_of_an_adapter_to_start_from():
+    other = PeftConfig("elora+scales", rank=2)
+    message = fails(settings_from, other, {"method": "small"}, "the file")
+    assert message.startswith("method small differs from the elora+scales of the adapter in the file: give elora+")
+    assert settings_from(chosen(CASES["small"]), {"method": "small"}, "the file") == chosen(CASES["small"])
+
+
+@pytest.mark.parametrize("config", [*CASES.values(), PeftConfig("scales"), PeftConfig("elora+scales", rank=2)],
+                         ids=lambda config: config.method)
 def test_settings_are_printed_as_they_are_typed(config):
     typed = dict(option.removeprefix("--").split("=") for option in config.options().split())
-    assert PeftConfig(**read_settings(Namespace(**typed))) == config
+    settings = read_settings(Namespace(**typed))
+    assert settings.pop("fast") is True  # which is none of the adapter's
+    assert PeftConfig(**settings) == config
 
 
-def test_small_is_a_name_for_four_settings():
+def test_small_is_elora_and_scales_of_ranks_that_are_chosen():
     def settings(**options):
-        return PeftConfig(**read_settings(Namespace(peft="small", **options)))
+        read = read_settings(Namespace(peft="small", **options))
+        del read["fast"]
+        return PeftConfig(**read)
 
-    small = PeftConfig("elora", rank="auto", targets="linears", gate="static", budget="5%")
+    small = PeftConfig("small")
     assert settings() == small
+    assert (small.rank, small.targets, small.budget) == ("auto", "linears", "5%")
+    one, other = (find_targets(tiny_mace(), PeftConfig(method, rank=4)) for method in ("small", "elora+scales"))
+    assert one == other
     other = settings(peft_budget="2%", peft_targets="all")
     assert other == dataclasses.replace(small, budget="2%", targets="all")
-    assert settings(peft_rank="4") == PeftConfig("elora", rank=4, targets="linears", gate="static")
+    assert settings(peft_rank="4") == PeftConfig("small", rank=4)
     assert read_settings(Namespace(peft="small", peft_adapter="folder")) == {
-        "method": "elora", "gate": "static", "adapter": "folder"}  # which has targets and ranks
+        "method": "small", "adapter": "folder", "fast": True}  # which has targets and ranks
     assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
 
 
 def test_a_restart_with_another_start_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
     inputs = write_small(tmp_path)
-    options = {"peft": "mmea", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "30%"}
+    options = {"peft": "gates", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "30%"}
     _, given = train_only(inputs, "whole", max_num_epochs=1, **options)
-    monkeypatch.setattr("mace_peft.finetune.choose_ranks", None)
+    monkeypatch.setattr("mace_peft.train.finetune.choose_ranks", None)
     _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=2, peft_init_std=1.0, **options)
     assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
 
@@ -250,9 +268,9 @@ def test_the_least_budget_that_is_named_is_enough():
 
 
 def test_a_shift_alone_has_no_rank():
-    config = PeftConfig("elora", rank="auto", gate="static", targets="atomic_energies_fn")
+    config = PeftConfig("small", targets="atomic_energies_fn")
     assert "choose other targets" in fails(choose_ranks, tiny_mace(), config, differentiate)
-    assert "--peft_rank 4 has no effect on atomic_energies_fn" in fails(
+    assert "rank 4 has no effect on atomic_energies_fn" in fails(
         inject, tiny_mace(), dataclasses.replace(config, rank=4, budget=None))
 
 
@@ -266,5 +284,5 @@ def test_labels_that_are_not_finite_are_refused():
 
 def test_text_is_read():
     settings = read_settings(Namespace(peft="elora", peft_rank="auto", peft_budget="7.5%"))
-    assert settings == {"method": "elora", "rank": "auto", "budget": "7.5%"}
+    assert settings == {"method": "elora", "rank": "auto", "budget": "7.5%", "fast": True}
     assert "or auto" in fails(read_settings, Namespace(peft="elora", peft_rank="autoo"))

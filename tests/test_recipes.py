@@ -14,7 +14,7 @@ from forks import Forked
 from runs import finish, write_inputs
 from tiny import configurations, tiny_mace
 
-from mace_peft.options import read_settings
+from mace_peft.train.options import read_settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 YAMLS = sorted(RECIPES.rglob("*.yaml"))

@@ -9,12 +9,12 @@ from test_load import same
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import disable_adapter, load_adapter, trainable_parameters
-from mace_peft.info import info
+from mace_peft.inspect.info import info
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
-CASES = [*itertools.product(["mmea", "elora"], ["products", "linears", "published"]), ("mmea", "all"),
-         ("static", "all")]
+CASES = [*itertools.product(["mmea", "elora"], ["products", "linears", "published"]), ("gates", "all"),
+         ("scales", "all"), ("small", "linears")]
 HEADS = "{{'a': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{1}'}}, " \
         "'b': {{'train_file': '{0}/train.xyz', 'valid_file': '{0}/valid.xyz', 'E0s': '{2}'}}}}"
 
@@ -44,8 +44,8 @@ def assert_reloads(folder, work_dir):
 
 
 def options(method, targets):
-    method = {"peft": "mmea", "peft_gate": "static"} if method == "static" else {"peft": method, "peft_rank": 2}
-    return {**method, "peft_targets": targets, "max_num_epochs": 1}
+    rank = None if method == "scales" else 2  # which have none
+    return {"peft": method, "peft_rank": rank, "peft_targets": targets, "max_num_epochs": 1}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -56,14 +56,14 @@ def test_fewer_elements_and_other_E0s(inputs, tmp_path, case):
     assert model.atomic_energies_fn.atomic_energies.flatten().tolist() == [-0.7, -2.6]
 
 
-@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "published"), ("static", "all")], ids="-".join)
+@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "published"), ("scales", "all")], ids="-".join)
 def test_all_elements_of_the_foundation(inputs, tmp_path, case):
     train_here(inputs, work_dir=tmp_path, E0s="average", foundation_model_elements=True, **options(*case))
     assert assert_reloads(inputs, tmp_path).atomic_numbers.tolist() == [1, 6, 8]
 
 
 @pytest.mark.parametrize("train_also", [None, "readouts.*"])
-@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "products"), ("static", "all")], ids="-".join)
+@pytest.mark.parametrize("case", [("mmea", "published"), ("elora", "products"), ("scales", "all")], ids="-".join)
 def test_two_heads(inputs, tmp_path, case, train_also):
     heads = HEADS.format(inputs, E0S[FEWER_ELEMENTS], "{1: -0.9, 8: -3.1}")
     train_here(inputs, work_dir=tmp_path, heads=heads, peft_train_also=train_also, train_file=None, valid_file=None,
@@ -75,10 +75,10 @@ def test_two_heads(inputs, tmp_path, case, train_also):
 def test_a_head_of_a_foundation_that_has_several(tmp_path, capsys):
     foundation = tiny_mace(heads=("pt_head", "other"), dtype=torch.float32)
     inputs = write_inputs(tmp_path, FEWER_ELEMENTS, foundation)
-    options = {"peft": "mmea", "peft_rank": 2, "max_num_epochs": 1, "E0s": E0S[FEWER_ELEMENTS]}
-    train_here(inputs, work_dir=tmp_path / "first", foundation_head="other", **options)
+    arguments = options("mmea", "products") | {"E0s": E0S[FEWER_ELEMENTS]}
+    train_here(inputs, work_dir=tmp_path / "first", foundation_head="other", **arguments)
     assert_reloads(inputs, tmp_path / "first")
-    further = {"peft_adapter": tmp_path / "first" / f"{NAME}_adapter", **options}
+    further = {"peft_adapter": tmp_path / "first" / f"{NAME}_adapter", **arguments}
     train_here(inputs, work_dir=tmp_path / "second", foundation_head="other", **further)
     assert_reloads(inputs, tmp_path / "second")
     with pytest.raises(SystemExit):
@@ -91,8 +91,8 @@ def test_heads_of_the_run_that_are_named_as_those_of_the_foundation(tmp_path, he
     """MACE gives each head of the run the one head that it takes of the foundation."""
     inputs = write_inputs(tmp_path, "CH3OH", tiny_mace(heads=("a", "b")))
     heads = HEADS.format(inputs, E0S["CH3OH"], E0S["CH3OH"])
-    train_here(inputs, work_dir=tmp_path, foundation_head=head, peft="elora", peft_rank=2, max_num_epochs=1,
-               heads=heads, train_file=None, valid_file=None, test_file=None, E0s=None)
+    train_here(inputs, work_dir=tmp_path, foundation_head=head, heads=heads, train_file=None, valid_file=None,
+               test_file=None, E0s=None, **options("elora", "products"))
     assert assert_reloads(inputs, tmp_path).heads == ["a", "b"]
 
 
@@ -101,15 +101,15 @@ def test_a_foundation_from_before_heads(tmp_path):
     inputs = write_inputs(tmp_path, FEWER_ELEMENTS, foundation)
     del foundation.heads
     torch.save(foundation, inputs / "foundation.model")
-    train_here(inputs, work_dir=tmp_path / "run", peft="mmea", peft_rank=2, max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
+    train_here(inputs, work_dir=tmp_path / "run", E0s=E0S[FEWER_ELEMENTS], **options("mmea", "products"))
     assert_reloads(inputs, tmp_path / "run")
     assert "heads        Default" in info(str(inputs / "foundation.model"))
 
 
 def test_stage_two_and_the_moving_average(inputs, tmp_path):
     """What is saved is what was evaluated: the averaged adapters, of each stage its own."""
-    train_here(inputs, "--ema", "--swa", work_dir=tmp_path, peft="mmea", peft_rank=2, max_num_epochs=2, start_swa=1,
-               E0s=E0S[FEWER_ELEMENTS])
+    train_here(inputs, "--ema", "--swa", work_dir=tmp_path, start_swa=1, E0s=E0S[FEWER_ELEMENTS],
+               **options("mmea", "products") | {"max_num_epochs": 2})
     first = trainable_parameters(assert_reloads(inputs, tmp_path))
     (tmp_path / f"{NAME}_stagetwo.model").replace(tmp_path / f"{NAME}.model")
     (tmp_path / f"{NAME}_adapter").rename(tmp_path / "first")

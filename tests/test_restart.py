@@ -23,11 +23,11 @@ from runs import (
 )
 from tiny import tiny_mace
 
-from mace_peft.checkpoints import measures
+from mace_peft.train.checkpoints import measures
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
-PEFT = {"peft": "mmea", "peft_rank": 2}
+PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 LR, GAMMA, BATCHES = 0.01, 0.9, 2
 OPTIONS = {"lr": LR, "scheduler": "ExponentialLR", "lr_scheduler_gamma": GAMMA}
 

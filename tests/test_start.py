@@ -8,8 +8,8 @@ from test_load import same
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, trainable_parameters
-from mace_peft.models import is_adapted
-from mace_peft.start import check_heads, settings_from
+from mace_peft.model.adapted import is_adapted
+from mace_peft.train.start import check_heads, settings_from
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -116,7 +116,8 @@ def two_heads(inputs, order="ab", **options):
 def two_headed(tmp_path_factory):
     """Inputs and a fine-tune with two heads, whose readouts train along."""
     inputs = write_inputs(tmp_path_factory.mktemp("heads"))
-    train_here(inputs, **two_heads(inputs, peft="mmea", peft_rank=2, peft_train_also="readouts.*", max_num_epochs=1))
+    train_here(inputs, **two_heads(inputs, peft="mmea", peft_rank=2, peft_targets="products", max_num_epochs=1,
+                                   peft_train_also="readouts.*"))
     return inputs
 
 
@@ -147,7 +148,8 @@ def test_trained_readouts_do_not_go_to_another_head(two_headed, capsys):
 
 
 @pytest.mark.parametrize("config, name", [
-    (PeftConfig("mmea", targets="products.*,atomic_energies_fn", gate="static"), "atomic_energies_fn.adapter.s"),
+    (PeftConfig("scales", targets="products.*,atomic_energies_fn"),
+     "atomic_energies_fn.adapter.s.atomic_energies"),
     (PeftConfig("elora", rank=1, targets="readouts.*"), "readouts.0")])
 def test_what_is_trained_for_each_head_stays_with_it(config, name):
     adapted = inject(tiny_mace(heads=("a", "b")), config)
@@ -223,7 +225,7 @@ def test_an_adapter_that_fits_nothing_is_refused(refusal, trained, tmp_path):
 @pytest.mark.parametrize("E0s", [E0S[MOLECULE], pytest.param("estimated", marks=pytest.mark.since("0.3.15"))])
 def test_elements_that_it_has_never_seen_are_refused(refusal, tmp_path, E0s):
     inputs = write_inputs(tmp_path / "water", FEWER_ELEMENTS)
-    train_here(inputs, peft="mmea", peft_rank=2, max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
+    train_here(inputs, peft="mmea", peft_rank=2, peft_targets="products", max_num_epochs=1, E0s=E0S[FEWER_ELEMENTS])
     case = ("mmea", "products")
     assert "the run has C, which" in refusal(case, peft="mmea", peft_adapter=inputs / "run_adapter", E0s=E0s)
     assert "the run has C, which" in refusal(case, peft="mmea", foundation_model=inputs / "run.model", E0s=E0s)
@@ -251,7 +253,7 @@ def test_it_refuses_it_without_the_start_up_hook_too(trained):
     run = train(trained[case].folder, hook=False, foundation_model=results(trained[case], case) / "run.model",
                 name="unhooked")
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("mace_run_train: error:")
-    assert "add --peft mmea" in run.stderr
+    assert "run python -m mace_peft.run_train with --peft" in run.stderr
 
 
 def test_a_run_without_peft_takes_a_merged_model(trained):

@@ -38,11 +38,11 @@ def scratch(tmp_path):
     """An environment with the hook and a plugin that counts its installations, but no MACE."""
     scratch = Scratch(tmp_path / "env")
     shutil.copy(REPOSITORY / "mace_peft.pth", scratch.site)
-    for name in ("__init__.py", "startup.py", "run_train.py"):
+    for name in ("__init__.py", "startup.py", "run_train.py", "train/__init__.py"):
         target = scratch.site / "mace_peft" / name
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / "mace_peft" / name, target)
-    write(scratch.site / "mace_peft/plugin.py", PLUGIN)
+    write(scratch.site / "mace_peft/train/plugin.py", PLUGIN)
     return scratch
 
 
@@ -77,7 +77,7 @@ def test_importing_run_train_installs_the_plugin_once(scratch, mace):
     code = """
         import sys
         import mace.cli.other
-        print("mace_peft.plugin" in sys.modules)
+        print("mace_peft.train.plugin" in sys.modules)
         import mace.cli.run_train
         from mace.cli import run_train
         print(run_train.installed)

@@ -15,7 +15,7 @@ from tiny import medium_mace, randomise, tiny_mace
 
 import mace_peft
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
-from mace_peft.models import fingerprint
+from mace_peft.model.adapted import fingerprint
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -70,10 +70,12 @@ def test_the_directory_may_be_relative(model, tmp_path, monkeypatch):
     assert names_in(tmp_path / "adapter") == FILES
 
 
-@pytest.mark.parametrize("method, targets", [("mmea", "products"), ("mmea", "published"), ("elora", "published")])
+@pytest.mark.parametrize("method, targets", [("mmea", "products"), ("mmea", "published"), ("elora", "published"),
+                                             ("gates", "all"), ("scales", "all"), ("elora+scales", "all")])
 @pytest.mark.parametrize("train_also", [None, "readouts.*, interactions.0.skip_tp.*"])
 def test_the_tensors_are_what_trains(base, tmp_path, method, targets, train_also):
-    model = randomise(inject(base, PeftConfig(method, rank=2, targets=targets, train_also=train_also)))
+    rank = None if method == "scales" else 2  # which have none
+    model = randomise(inject(base, PeftConfig(method, rank=rank, targets=targets, train_also=train_also)))
     expected = trainable_parameters(model)
     tensors = load_file(save_adapter(model, tmp_path / "adapter") / "adapter_model.safetensors")
     assert set(tensors) == set(expected)
@@ -116,6 +118,7 @@ def test_the_config_describes_the_run(base, tmp_path):
         "format": 1,
         "peft": config.to_dict(),
         "foundation": {"name": None, "fingerprint": expected},
+        "backbone": "mace",
         "model_class": "ScaleShiftMACE",
         "elements": [1, 6, 8],
         "heads": ["Default"],
@@ -131,10 +134,16 @@ def test_the_config_describes_the_run(base, tmp_path):
     assert checksum == hashlib.sha256(said).hexdigest()
 
 
+def test_settings_that_do_not_act_are_null(base, tmp_path):
+    saved = config_in(save_adapter(inject(base, PeftConfig("scales")), tmp_path / "adapter"))["peft"]
+    assert {name: value for name, value in saved.items() if value is not None} == {"method": "scales", "targets": "all"}
+    assert saved.keys() == PeftConfig("mmea").to_dict().keys()
+
+
 def test_the_config_names_the_foundation_that_it_was_given(base, tmp_path):
     foundation = {"name": "medium.model", "fingerprint": "abc"}
-    saved = config_in(save_adapter(inject(base, PeftConfig("mmea", rank=2), foundation), tmp_path / "adapter"))
-    assert saved["foundation"] == foundation
+    model = inject(base, PeftConfig("mmea", rank=2, targets="products"), foundation)
+    assert config_in(save_adapter(model, tmp_path / "adapter"))["foundation"] == foundation
 
 
 def test_e0s_scale_and_shift_keep_every_bit(base, tmp_path):
@@ -142,20 +151,20 @@ def test_e0s_scale_and_shift_keep_every_bit(base, tmp_path):
     base.atomic_energies_fn.atomic_energies.copy_(torch.tensor(E0s, dtype=torch.float64))
     base.scale_shift.scale.fill_(1 / 7)
     base.scale_shift.shift.fill_(-1 / 11)
-    saved = config_in(save_adapter(inject(base, PeftConfig("mmea", rank=2)), tmp_path / "adapter"))
+    saved = config_in(save_adapter(inject(base, PeftConfig("mmea", rank=2, targets="products")), tmp_path / "adapter"))
     assert (saved["E0s"], saved["scale"], saved["shift"]) == ([E0s], [1 / 7], [-1 / 11])
 
 
 def test_every_head_has_its_e0s(tmp_path):
     model = tiny_mace(heads=("DFT", "CC"))
     model.atomic_energies_fn.atomic_energies = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]).double()
-    saved = config_in(save_adapter(inject(model, PeftConfig("mmea", rank=2)), tmp_path / "adapter"))
+    saved = config_in(save_adapter(inject(model, PeftConfig("mmea", rank=2, targets="products")), tmp_path / "adapter"))
     assert saved["heads"] == ["DFT", "CC"]
     assert saved["E0s"] == [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]
 
 
 def test_a_float32_model_is_saved_as_one(base, tmp_path):
-    model = inject(base.float(), PeftConfig("mmea", rank=2))
+    model = inject(base.float(), PeftConfig("mmea", rank=2, targets="products"))
     directory = save_adapter(model, tmp_path / "adapter")
     assert config_in(directory)["dtype"] == "float32"
     assert {t.dtype for t in load_file(directory / "adapter_model.safetensors").values()} == {torch.float32}
@@ -296,5 +305,5 @@ def test_the_fingerprint_holds_names():
 
 def test_injection_remembers_the_fingerprint_of_its_base(base):
     expected = fingerprint(base)
-    model = randomise(inject(base, PeftConfig("mmea", rank=2, train_also="readouts.*")))
+    model = randomise(inject(base, PeftConfig("mmea", rank=2, targets="products", train_also="readouts.*")))
     assert model.peft_foundation == {"name": None, "fingerprint": expected}

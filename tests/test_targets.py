@@ -12,10 +12,12 @@ from mace import modules
 from tiny import batch, configurations, medium_mace, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, trainable_parameters
-from mace_peft.adapted import Adapted, GatedLinear, GatedMessages
-from mace_peft.models import adapted_blocks, is_adapted
-from mace_peft.report import summary
-from mace_peft.targets import find_targets, unit
+from mace_peft.blocks.adapted import Adapted, adapted_blocks
+from mace_peft.blocks.e3nn import GatedLinear, GatedMessages
+from mace_peft.methods import METHODS, LowRank, ScaledLowRank, Scales
+from mace_peft.model.adapted import is_adapted
+from mace_peft.model.summary import summary
+from mace_peft.model.targets import find_targets, unit
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +143,49 @@ def test_products_are_updated_in_their_weights(model):
         "products.0.linear", "products.1.symmetric_contractions.contractions.0", "products.1.linear"]
 
 
-@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("method", ["mmea", "gates", "elora"])
 def test_linears_are_all_linear_layers(model, method):
     linears = names_of(model, o3.Linear)
     assert len(linears) == 10
     assert targets_of(model, method, "linears") == linears
 
 
+OF_PUBLISHED = (o3.Linear, o3.FullyConnectedTensorProduct, type(e3nn_nn.FullyConnectedNet([1, 1])[0]),
+                modules.symmetric_contraction.Contraction)
+
+
 @pytest.mark.parametrize("method", ["mmea", "elora"])
-def test_published_are_linears_tensor_products_radial_mlps_and_contractions(model, method):
-    expected = names_of(model, o3.Linear, o3.FullyConnectedTensorProduct, type(e3nn_nn.FullyConnectedNet([1, 1])[0]),
-                        modules.symmetric_contraction.Contraction)
-    assert targets_of(model, method, "published") == expected
+@pytest.mark.parametrize("targets", ["published", "all"])
+def test_published_are_linears_tensor_products_radial_mlps_and_contractions(model, method, targets):
+    """Nor is there more in all, where convolutions take no gate."""
+    assert targets_of(model, method, targets) == names_of(model, *OF_PUBLISHED)
+
+
+@pytest.mark.parametrize("targets", ["published", "all"])
+def test_gates_go_where_there_are_features(model, targets):
+    assert targets_of(model, "gates", targets) == names_of(model, o3.Linear, o3.FullyConnectedTensorProduct)
+
+
+@pytest.mark.parametrize("method", ["scales", "elora+scales", "small"])
+@pytest.mark.parametrize("targets, classes", [
+    ("products", None), ("linears", [o3.Linear]), ("published", OF_PUBLISHED), ("all", OF_PUBLISHED)])
+def test_with_scales_go_the_E0s(model, method, targets, classes):
+    expected = targets_of(model, "elora", "products") if classes is None else names_of(model, *classes)
+    found = targets_of(model, method, targets)
+    assert "atomic_energies_fn" in found
+    assert [name for name in found if name != "atomic_energies_fn"] == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_placement(model, method):
+    expected = {"mmea": "published", "elora": "linears", "elora+scales": "linears", "small": "linears"}
+    assert targets_of(model, method, None) == targets_of(model, method, expected.get(method, "all"))
+
+
+def test_scales_without_E0s_beside_them_are_told_of():
+    layers = torch.nn.Sequential(o3.Linear("2x0e", "2x0e"), o3.Linear("2x0e", "3x0e"))
+    with pytest.warns(UserWarning, match="scales change the total energy, and Sequential has no atomic energies"):
+        assert targets_of(layers, "scales", "linears") == ["0", "1"]
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------
@@ -172,6 +205,25 @@ def test_patterns_name_modules_or_what_contains_them(model, method, patterns, ex
     assert targets_of(model, method, patterns) == expected
 
 
+@pytest.mark.parametrize("method, adapter", [("mmea", LowRank), ("elora", LowRank), ("scales", Scales),
+                                             ("elora+scales", ScaledLowRank)])
+@pytest.mark.parametrize("patterns", ["*.skip_tp", "*.conv_tp_weights", "*.symmetric_contractions", "published"])
+def test_what_a_module_gets_is_up_to_the_method(model, method, adapter, patterns):
+    """Not to the placement or pattern that finds it."""
+    found = find_targets(model, PeftConfig(method, targets=patterns))
+    roles = {"tensor product", "layer", "contraction"}
+    assert {target.adapter for target in found.values() if target.operation.role in roles} == {adapter}
+
+
+@pytest.mark.parametrize("method, targets", [
+    ("mmea", "*.conv_tp"), ("mmea", "atomic_energies_fn"), ("elora", "*.conv_tp"), ("elora", "atomic_energies_fn"),
+    ("scales", "*.conv_tp"), ("gates", "*.conv_tp_weights"), ("gates", "*.symmetric_contractions"),
+    ("gates", "atomic_energies_fn")])
+def test_what_a_method_does_not_adapt_is_no_target(model, method, targets):
+    message = refusal(inject, model, PeftConfig(method, targets=targets))
+    assert f"targets {targets!r} matches no module that {method} can adapt" in message
+
+
 def test_a_pattern_names_an_adaptable_module_itself_and_not_what_is_inside(model):
     assert targets_of(model, "mmea", "products.0") == ["products.0"]
     assert targets_of(model, "mmea", "products.0, products.0.linear") == ["products.0", "products.0.linear"]
@@ -185,7 +237,7 @@ def test_a_pattern_names_an_adaptable_module_itself_and_not_what_is_inside(model
 ])
 def test_a_target_that_matches_nothing_names_close_ones(model, targets, close):
     message = refusal(inject, model, PeftConfig("mmea", rank=2, targets=targets))
-    assert f"--peft_targets {targets!r}" in message
+    assert message.startswith(f"targets {targets!r}")
     assert close in message.split("did you mean ")[1].split("?")[0].split(" or ")
     assert "products, linears, published" in message
 
@@ -222,18 +274,46 @@ def test_modules_without_weights_are_no_targets(model):
     assert "matches no module that mmea can adapt" in message
 
 
-def test_a_model_without_the_blocks_is_refused():
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("targets", ["products", "linears", "published", "all", "0"])
+def test_a_model_without_the_blocks_is_refused(method, targets):
     plain = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Tanh()))
-    for method in ("mmea", "elora"):
-        for placement, block in [("products", "EquivariantProductBasisBlock"), ("linears", "Linear"),
-                                 ("published", "FullyConnectedTensorProduct")]:
-            message = refusal(inject, plain, PeftConfig(method, rank=2, targets=placement))
-            assert repr(placement) in message and block in message and "Sequential" in message
-            assert "glob patterns" in message
+    message = refusal(inject, plain, PeftConfig(method, targets=targets))
+    assert message.startswith("Sequential is neither a MACE model nor made of e3nn's layers")
     assert not is_adapted(plain)
 
 
-@pytest.mark.parametrize("method", ["mmea", "elora"])
+@pytest.mark.parametrize("method, blocks, targets, needed", [
+    ("elora", [o3.FullyConnectedTensorProduct("2x0e", "2x0e", "2x0e")], "linears", ["Linear"]),
+    ("gates", [e3nn_nn.FullyConnectedNet([2, 2])], "published", ["FullyConnectedTensorProduct", "Linear"]),
+    ("mmea", [o3.Linear("2x0e", "2x1o")], "linears", ["Linear"]),  # which has no weights
+])
+def test_a_placement_of_which_a_model_has_nothing_is_refused(method, blocks, targets, needed):
+    model = torch.nn.Sequential(*blocks)
+    message = refusal(inject, model, PeftConfig(method, rank=2, targets=targets))
+    assert message.startswith(f"targets {targets!r} needs ") and "Sequential has none" in message
+    assert set(needed) <= set(message.partition(" needs ")[2].partition(", and ")[0].split(", "))
+    assert "glob patterns" in message
+    assert not is_adapted(model)
+
+
+def test_a_placement_that_is_one_of_MACE_is_a_pattern_elsewhere():
+    layers = torch.nn.ModuleDict({"products": o3.Linear("2x0e", "2x0e"), "other": o3.Linear("2x0e", "2x0e")})
+    assert targets_of(layers, "elora", "products") == ["products"]
+    message = refusal(inject, layers, PeftConfig("elora", rank=2, targets="produkts"))
+    assert "did you mean products" in message and "use linears, published, all, or glob patterns" in message
+
+
+def test_weights_of_an_odd_form_are_refused():
+    """Whose parts nobody knows: rather than to adapt some of them."""
+    layer = o3.Linear("2x0e", "3x0e")
+    layer.weight = torch.nn.Parameter(torch.randn(2 * 3 + 1))
+    message = refusal(inject, torch.nn.Sequential(layer), PeftConfig("elora", rank=2, targets="linears"))
+    assert message.startswith("the weight of a Linear has 7 numbers, and its paths 6")
+    assert message.endswith("choose targets without it")
+
+
+@pytest.mark.parametrize("method", ["mmea", "gates", "elora"])
 def test_a_linear_layer_without_weights_is_left_alone(method):
     model = torch.nn.Sequential(o3.Linear("2x0e+3x1o", "3x0e"), o3.Linear("3x0e", "2x1o"))
     inject(model, PeftConfig(method, rank=2, targets="linears"))
@@ -243,26 +323,32 @@ def test_a_linear_layer_without_weights_is_left_alone(method):
 
 def test_a_convolution_is_gated_where_its_messages_are_received(model):
     linear = ["interactions.0.linear", "interactions.1.linear"]
-    assert targets_of(model, "mmea", "interactions.*.conv_tp") == linear
-    assert targets_of(model, "mmea", "interactions.0.linear_up, *.conv_tp, products") == [
+    assert targets_of(model, "gates", "interactions.*.conv_tp") == linear
+    assert targets_of(model, "gates", "interactions.0.linear_up, *.conv_tp, products") == [
         "interactions.0.linear_up", *linear, "products.0", "products.1"]
-    for targets, kind in [("*.conv_tp", GatedMessages), ("*.conv_tp, *.linear", GatedMessages), ("all", GatedMessages),
-                          ("interactions.*.linear", GatedLinear), ("linears", GatedLinear)]:
-        found = find_targets(model, PeftConfig("mmea", targets=targets))
-        assert [found[name] for name in linear] == [kind, kind], targets
+    for targets, mixin in [("*.conv_tp", GatedMessages), ("*.conv_tp, *.linear", GatedMessages), ("all", GatedMessages),
+                           ("interactions.*.linear", GatedLinear), ("linears", GatedLinear),
+                           ("published", GatedLinear)]:
+        found = find_targets(model, PeftConfig("gates", targets=targets))
+        assert [found[name].mixin for name in linear] == [mixin, mixin], targets
 
 
-def test_another_convolution_is_refused():
+def test_a_convolution_elsewhere_is_no_part_of_all():
+    """Of which nobody knows what takes its messages."""
     model = torch.nn.Sequential(o3.Linear("2x0e", "2x0e"), o3.TensorProduct(
         "2x0e", "0e", "2x0e", [(0, 0, 0, "uvu", True)], shared_weights=False, internal_weights=False))
-    assert "Sequential has another one" in refusal(inject, model, PeftConfig("mmea", rank=2, targets="all"))
+    assert targets_of(model, "gates", "all") == ["0"]
+    message = refusal(inject, model, PeftConfig("gates", rank=2, targets="1"))
+    assert "takes the messages of a convolution, and of 1 in this Sequential it is not known" in message
+    assert message.endswith("choose targets without it")
 
 
 # --- parameters that train along --------------------------------------------------------------------------------------
 
 
 def test_train_also_trains_base_parameters(model):
-    inject(model, PeftConfig("mmea", rank=2, train_also="readouts.1.*, interactions.0.skip_tp.weight"))
+    inject(model, PeftConfig("mmea", rank=2, targets="products",
+                             train_also="readouts.1.*, interactions.0.skip_tp.weight"))
     along = ["interactions.0.skip_tp.weight", "readouts.1.linear_1.weight", "readouts.1.linear_2.weight"]
     trainable = trainable_parameters(model)
     assert [name for name in trainable if ".adapter." not in name] == along
@@ -286,7 +372,7 @@ def test_train_also_may_name_what_has_an_adapter(model):
 def test_train_also_that_matches_nothing_names_close_parameters(model):
     before = dict(vars(model))
     message = refusal(inject, model, PeftConfig("mmea", rank=2, train_also="readouts.0.linear.weights"))
-    assert "--peft_train_also 'readouts.0.linear.weights'" in message
+    assert message.startswith("train_also 'readouts.0.linear.weights'")
     assert "did you mean readouts.0.linear.weight" in message and "'readouts.*'" in message
     assert dict(vars(model)) == before
 
@@ -316,18 +402,36 @@ def test_the_parts_of_a_composite_go_by_its_name(model, name, expected):
     ("elora", "readouts.1.linear_2", 1, "readouts.1.linear_2"),
     ("elora", "interactions.1.skip_tp", 4, "interactions.1.skip_tp"),  # 4 * 3 elements in, 4 out
     ("elora", "interactions.0.conv_tp_weights", 8, "interactions.0.conv_tp_weights.layer1"),  # [4, 8, 8, 8, 12]
+    ("mmea", "interactions.1.skip_tp", 4, "interactions.1.skip_tp"),  # a low-rank update
+    ("gates", "interactions.1.skip_tp", 4, "interactions.1.skip_tp"),
+    ("gates", "interactions.1.conv_tp", 12, "interactions.1.linear"),
+    ("elora+scales", "interactions.1.linear", 4, "interactions.1.linear"),
+    ("small", "products.0.symmetric_contractions", 4, "products.0.symmetric_contractions.contractions.0"),
 ])
 def test_a_rank_that_is_too_large_names_the_largest_of_use(model, method, targets, largest, widest):
     message = refusal(inject, model, PeftConfig(method, rank=largest + 1, targets=targets))
-    assert message.startswith(f"--peft_rank {largest + 1} ") and f"({widest})" in message
+    assert message.startswith(f"rank {largest + 1} ") and f"({widest})" in message
     assert message.endswith(f"largest useful rank here is {largest}")
     assert not is_adapted(model)
     inject(model, PeftConfig(method, rank=largest, targets=targets))
 
 
+def test_a_rank_of_a_shift_is_refused(model):
+    message = refusal(inject, model, PeftConfig("elora+scales", targets="atomic_energies_fn"))
+    assert message.startswith("rank 16 has no effect on atomic_energies_fn, which takes a shift")
+    assert message.endswith("use method scales")
+
+
+@pytest.mark.parametrize("targets, more", [("products", "products,*.skip_tp"), ("linears", "published")])
+def test_alpha_without_low_rank_updates_is_refused(model, targets, more):
+    message = refusal(inject, model, PeftConfig("mmea", rank=2, alpha=3, targets=targets))
+    assert message.startswith(f"alpha 3 has no effect on gates, and nothing else is in targets {targets}")
+    inject(model, PeftConfig("mmea", rank=2, alpha=3, targets=more))
+
+
 def test_the_widest_target_decides_on_the_rank(model):
     inject(model, PeftConfig("elora", rank=8, targets="interactions.0.conv_tp_weights, readouts.1.linear_2"))
-    assert len(list(adapted_blocks(model))) == 5
+    assert len(adapted_blocks(model)) == 5
 
 
 # --- refusals leave the model as it was -------------------------------------------------------------------------------
@@ -379,8 +483,9 @@ def other_model(request):
     return tiny_mace(**OTHER_MODELS[request.param])
 
 
-@pytest.mark.parametrize("method", ["mmea", "elora"])
-@pytest.mark.parametrize("targets", ["products", "linears", "published"])
+@pytest.mark.parametrize("method, targets", [
+    *((method, targets) for targets in ("products", "linears", "published") for method in ("mmea", "elora")),
+    ("gates", "all"), ("elora+scales", "all")])
 def test_other_models_run_with_every_placement(other_model, method, targets):
     structures = configurations(1)
     predict(other_model, structures)  # the first call of e3nn's compiled code may differ in the last bit

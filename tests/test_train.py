@@ -35,9 +35,9 @@ from runs import (
 from tiny import configurations, predict
 
 from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
-from mace_peft.checkpoints import measures
-from mace_peft.models import fingerprint
-from mace_peft.targets import find_targets, unit
+from mace_peft.model.adapted import fingerprint
+from mace_peft.model.targets import find_targets, unit
+from mace_peft.train.checkpoints import measures
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -64,17 +64,17 @@ class Case:
     @property
     def merges(self) -> bool:
         """Whether NAME.model is a plain MACE model."""
-        return self.config.method == "elora" or self.config.gate == "static"
+        return self.config.method != "mmea"
 
 
 ESTIMATED = "estimated" if hasattr(data, "estimate_e0s_from_foundation") else "average"  # mace-torch 0.3.15 and later
 CASES = {
     "mmea-products": Case(
-        MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_train_also": "readouts.*"},
+        MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_train_also": "readouts.*"},
         ("--swa", "--ema"), {"start_swa": 2, "max_num_epochs": 3},
     ),
     "elora-products": Case(
-        FEWER_ELEMENTS, {"peft": "elora", "peft_rank": 3, "peft_alpha": 6.0},
+        FEWER_ELEMENTS, {"peft": "elora", "peft_rank": 3, "peft_targets": "products", "peft_alpha": 6.0},
         ("--swa",), {"start_swa": 1, "E0s": ESTIMATED},
     ),
     "mmea-published": Case(
@@ -85,8 +85,8 @@ CASES = {
         MOLECULE, {"peft": "elora", "peft_rank": 2, "peft_targets": "published", "peft_alpha": 5.0},
         ("--ema",), {"E0s": "average", "ema_decay": 0.5}, as_yaml=True,
     ),
-    "static-all": Case(
-        FEWER_ELEMENTS, {"peft": "mmea", "peft_gate": "static", "peft_targets": "all"}, ("--swa",),
+    "scales-all": Case(
+        FEWER_ELEMENTS, {"peft": "scales", "peft_targets": "all"}, ("--swa",),
         {"start_swa": 1, "E0s": E0S[FEWER_ELEMENTS]},
     ),
     "mmea-all": Case(MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_targets": "all"}),
@@ -324,8 +324,8 @@ def test_nothing_but_adapters_and_what_trains_along_changes(finished, before_tra
     assert changed <= {ATOMIC_ENERGIES}
     assert not any(torch.equal(start[key], checkpoint["model"][key]) for key in along)
     saved = run.model(stage_two).state_dict()
-    shift = run.adapter_tensors(stage_two).get("atomic_energies_fn.adapter.s", torch.zeros(1))
-    assert (shift == 0).all() or CASES[name].config.gate == "static"
+    shift = run.adapter_tensors(stage_two).get("atomic_energies_fn.adapter.s.atomic_energies", torch.zeros(1))
+    assert (shift == 0).all() or CASES[name].config.method == "scales"
     E0s = torch.tensor(list(run.printed_E0s().values())) + shift
     assert torch.equal(saved[ATOMIC_ENERGIES].flatten(), E0s.flatten())
     if name == "mmea-products":  # the others have updates folded in
@@ -363,7 +363,7 @@ def test_gradient_clipping_sees_no_frozen_parameter(inputs, monkeypatch):
         return clip(parameters, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_note)
-    run = train_here(inputs, peft="elora", peft_rank=2)
+    run = train_here(inputs, peft="elora", peft_rank=2, peft_targets="products")
     assert seen == [shapes(run.adapter_tensors().values())] * 4
 
 
@@ -372,7 +372,8 @@ def test_gradient_clipping_sees_no_frozen_parameter(inputs, monkeypatch):
 
 @pytest.mark.parametrize("gate, gain", [("exp", np.exp(0.5)), ("residual", 1.5)])
 def test_the_gate_reaches_the_model(inputs, gate, gain):
-    adapter = reach_training(inputs, peft="mmea", peft_rank=2, peft_gate=gate)["model"].products[0].adapter
+    options = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_gate": gate}
+    adapter = reach_training(inputs, **options)["model"].products[0].adapter
     torch.nn.init.constant_(adapter.b2, 0.5)
     features = torch.cat([torch.zeros(4), torch.ones(12)])  # scalars, which take no gain, and vectors
     torch.testing.assert_close(adapter(features, features), gain * features)
@@ -380,10 +381,11 @@ def test_the_gate_reaches_the_model(inputs, gate, gain):
 
 def test_alpha_and_rank_reach_the_model(inputs):
     """An update is alpha / rank times a product of matrices, which is rank where they are of ones."""
-    linear = reach_training(inputs, peft="elora", peft_rank=2, peft_alpha=7)["model"].products[0].linear
+    options = {"peft": "elora", "peft_rank": 2, "peft_targets": "products", "peft_alpha": 7}
+    linear = reach_training(inputs, **options)["model"].products[0].linear
     for parameter in linear.adapter.parameters():
         torch.nn.init.ones_(parameter)
-    torch.testing.assert_close(linear.adapter()["weight"], torch.full_like(linear.weight, 7.0))
+    torch.testing.assert_close(linear.adapter({"weight": linear.weight})["weight"], linear.weight + 7)
     assert all(min(parameter.shape) == 2 for parameter in linear.adapter.parameters())
 
 

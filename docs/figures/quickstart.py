@@ -17,8 +17,8 @@ import ase.io
 import torch
 
 from mace_peft import load_adapter
-from mace_peft.measure import gain_statistics, update_spectra
-from mace_peft.plot import draw_gains, draw_updates
+from mace_peft.inspect.gains import gain_statistics, update_spectra
+from mace_peft.inspect.figures import draw_gains, draw_updates
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "quickstart"

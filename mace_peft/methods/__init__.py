@@ -1,18 +1,67 @@
-"""The mathematics of the methods: modules over plain irreps and tensors that know nothing of MACE or of training."""
+"""The mathematics of the methods, over plain irreps and tensors, and the table of methods by name.
 
-import mace  # noqa: F401  before e3nn: it sets the environment variable that e3nn 0.4.4 needs with torch >= 2.6
+Nothing here knows MACE, a module that is adapted, or training.
+"""
 
-from mace_peft.methods.elora import ContractionUpdate, LinearUpdate, MatrixUpdate, TensorProductUpdate
-from mace_peft.methods.gains import (
-    ContractionGains,
-    EnergyShift,
-    Gains,
-    LinearGains,
-    MatrixGains,
-    ScaledUpdate,
-    TensorProductGains,
-)
-from mace_peft.methods.mmea import MMEA
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-__all__ = ["MMEA", "ContractionGains", "ContractionUpdate", "EnergyShift", "Gains", "LinearGains", "LinearUpdate",
-           "MatrixGains", "MatrixUpdate", "ScaledUpdate", "TensorProductGains", "TensorProductUpdate"]
+from mace_peft.methods.adapter import Adapter, Full
+from mace_peft.methods.low_rank import LowRank
+from mace_peft.methods.mmea import GATES, MMEA
+from mace_peft.methods.scales import ScaledLowRank, Scales
+from mace_peft.methods.weights import Part, assemble, join, matrices, matrix_shapes
+
+__all__ = ["GATES", "METHODS", "MMEA", "Adapter", "Full", "LowRank", "Method", "Part", "ScaledLowRank", "Scales",
+           "assemble", "empty_adapter", "join", "matrices", "matrix_shapes"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods.
+
+    title: what figures call it.
+    adapters: which adapter an operation of each role takes (``mace_peft.blocks.operation``). What has no entry, passes
+        a placement on to what it is made of.
+    targets: the default placement.
+    lr: the learning rate that was best for it where rates were swept (docs/results.md).
+    rank: the default rank; None where it has none.
+    """
+
+    title: str
+    adapters: Mapping[str, type[Adapter]]
+    targets: str
+    lr: float
+    rank: int | str | None = 16
+
+    @property
+    def settings(self) -> set[str]:
+        """The settings that act on it: those of its adapters."""
+        return {setting for adapter in self.adapters.values() for setting in adapter.settings}
+
+    @property
+    def has_gates(self) -> bool:
+        return any(adapter.on_features for adapter in self.adapters.values())
+
+
+def with_weights(adapter: type[Adapter]) -> dict[str, type[Adapter]]:
+    """The adapter for every operation that has weights."""
+    return dict.fromkeys(("linear", "tensor product", "layer", "contraction"), adapter)
+
+
+METHODS = {
+    # as the paper: linear layers and product blocks are gated, all else is updated by low rank
+    "mmea": Method("MMEA", with_weights(LowRank) | {"linear": MMEA, "product": MMEA}, "published", 0.005),
+    "gates": Method("gates", dict.fromkeys(("linear", "product", "tensor product", "convolution"), MMEA), "all", 0.005),
+    "elora": Method("ELoRA", with_weights(LowRank), "linears", 0.01),
+    "scales": Method("scales", with_weights(Scales) | {"energies": Full}, "all", 0.02, rank=None),
+    "elora+scales": Method("ELoRA and scales", with_weights(ScaledLowRank) | {"energies": Full}, "linears", 0.02),
+}
+# what did best with 5 % of the base's parameters
+METHODS["small"] = Method("small", METHODS["elora+scales"].adapters, "linears", 0.02, rank="auto")
+
+
+def empty_adapter(name: str) -> Adapter:
+    """For ``mace_peft.restore``."""
+    cls = globals()[name]
+    return cls.__new__(cls)

@@ -1,17 +1,19 @@
 """MMEA, the Magnitude-Modulated Equivariant Adapter (arXiv 2511.06696)."""
 
-from __future__ import annotations
-
 import torch
-from e3nn import o3
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from mace_peft.e3nn import o3
+from mace_peft.errors import check_choice
+from mace_peft.methods.adapter import Adapter
+
 SCALAR = o3.Irrep("0e")
+GATES = ("exp", "residual")
 
 
-class MMEA(nn.Module):
-    """Scales each channel of the features by a gain that scalars drive; directions and channels are never mixed.
+class MMEA(Adapter):
+    """A gate on features: scales each channel by a gain that scalars drive; directions and channels are never mixed.
 
         z    = SiLU(s W1 + b1)        s: the 0e channels of irreps_in; z: (..., rank)
         h'   = phi(z W2 + b2) * h     one gain per channel of every irrep that is not 0e, shared by its 2l+1 components
@@ -21,11 +23,17 @@ class MMEA(nn.Module):
     All weights start at zero, but W1 (uniform, as in nn.Linear) and W0 (N(0, init_std)): with init_std = 0, h' = h.
 
     forward(x, h): x (..., irreps_in.dim) and h (..., irreps_out.dim), both in mul_ir layout, to (..., irreps_out.dim).
-    ``set_layout("ir_mul")`` makes it take and give the features that cuEquivariance's layers hold.
+    ``set_layout("ir_mul")`` makes it take and give the features that cuEquivariance's layers hold. Raises PeftError for
+    an unknown gate.
     """
+
+    kind = "gate"
+    settings = ("rank", "gate", "init_std")
+    on_features = True
 
     def __init__(self, irreps_in, irreps_out, rank: int, gate: str = "exp", init_std: float = 0.0):
         super().__init__()
+        check_choice("<gate>", gate, GATES)
         irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
         scalars, shifts = irreps_in.count("0e"), irreps_out.count("0e")
         gains = irreps_out.num_irreps - shifts
@@ -41,7 +49,7 @@ class MMEA(nn.Module):
         self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
         self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
         self.sizes_out = [mul * ir.dim for mul, ir in irreps_out]
-        self.gains = [mul if ir != SCALAR else 0 for mul, ir in irreps_out]
+        self.gain_counts = [mul if ir != SCALAR else 0 for mul, ir in irreps_out]
         self.shifts = [mul if ir == SCALAR else 0 for mul, ir in irreps_out]
         self.set_layout("mul_ir")
         self.description = f"MMEA({irreps_in.simplify()} -> {irreps_out.simplify()}, rank {rank}, gate {gate})"
@@ -62,7 +70,7 @@ class MMEA(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gain, shift = self.coefficients(x)
-        gains, shifts = gain.split(self.gains, -1), shift.split(self.shifts, -1)
+        gains, shifts = gain.split(self.gain_counts, -1), shift.split(self.shifts, -1)
         modulated = [gain[..., :0], shift[..., :0]]  # of no columns, so that weights of none get a gradient too
         for h_l, gain_l, shift_l in zip(h.split(self.sizes_out, -1), gains, shifts):  # noqa: B905
             channels = gain_l.shape[-1]
@@ -75,6 +83,16 @@ class MMEA(nn.Module):
                 h_l = h_l.unflatten(-1, [h_l.shape[-1] // channels, channels])
                 modulated.append((gain_l.unsqueeze(-2) * h_l).flatten(-2))
         return torch.cat(modulated, -1)
+
+    @classmethod
+    def largest_rank(cls, irreps_in, irreps_out) -> int:
+        """Channels of the irrep that has most."""
+        return max((irreps.count(ir) for irreps in (o3.Irreps(irreps_in), o3.Irreps(irreps_out)) for _, ir in irreps),
+                   default=0)
+
+    def gradients_by_rank(self, gradients: dict[str, Tensor]) -> list[Tensor]:
+        """Of the last layer, in a gate that is wide: no weight but its own has a gradient."""
+        return [torch.cat([gradients["W2"], gradients["W0"]], -1)]
 
     def __repr__(self):
         return f"{self.description[:-1]}, {sum(p.numel() for p in self.parameters())} weights)"

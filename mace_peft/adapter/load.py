@@ -1,0 +1,115 @@
+"""Foundation file + adapter directory = the trained model."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from mace_peft.adapter.directory import read_adapter
+from mace_peft.backbones import backbone_of
+from mace_peft.errors import PeftError, one_line
+from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
+from mace_peft.model.inject import eject, inject
+
+
+def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """The trained model: the foundation with the adapter of the directory, all but its adapters frozen.
+
+    The foundation may have another dtype or device than in training. It is adapted in place where the adapter was
+    trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
+    foundation that has an adapter already swaps it for this one. No code from the directory runs.
+
+    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights, and if the
+    foundation is no model.
+    """
+    backbone_of(foundation)
+    check_switched_on(foundation)
+    config, description, tensors = read_adapter(directory)
+    source = description["foundation"]
+    held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
+    if held != source["fingerprint"]:
+        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
+                        f"one given (fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
+    try:
+        with left_alone_on_error(foundation):
+            model = base_for(foundation, description)
+            inject(model, config, source)
+            fill(model, tensors, complete=True)
+            set_energies(model, description)
+    except PeftError as error:
+        raise PeftError(f"the adapter in {directory} does not fit: {error.args[0]}") from None
+    except Exception as error:  # elements, heads and numbers that do not go together fail in many ways
+        raise PeftError(f"the adapter in {directory} does not fit its foundation ({one_line(error)}): save or copy it "
+                        "again") from error
+    return model
+
+
+@contextlib.contextmanager
+def left_alone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the model its modules, classes and tensors back if the block fails."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [(module, type(module), {**vars(module), "_modules": dict(module._modules)}) for module in modules]
+    values = [(tensor, tensor.detach().clone(), tensor.requires_grad)
+              for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in held:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        for tensor, value, learns in values:
+            tensor.data = value
+            tensor.requires_grad_(learns)
+        raise
+
+
+def fill(model: nn.Module, tensors: dict[str, torch.Tensor], complete: bool = False) -> None:
+    """Give the adapted model these trained tensors by name.
+
+    Raises PeftError, and changes nothing, for a tensor that finds no place or one of another shape, and with
+    ``complete`` for a place that finds no tensor.
+    """
+    trainable = trainable_parameters(model)
+    odd = [name for name, tensor in tensors.items() if name not in trainable or trainable[name].shape != tensor.shape]
+    odd += [name for name in trainable if complete and name not in tensors]
+    if odd:
+        more = f" and {len(odd) - 3} more" if odd[3:] else ""
+        raise PeftError(f"{', '.join(map(repr, odd[:3]))}{more} are missing, unknown or of another shape: use the "
+                        "adapter with the settings, elements and heads it was trained for")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            trainable[name].copy_(tensor)
+
+
+def base_for(foundation: nn.Module, description: dict) -> nn.Module:
+    """The foundation with the elements and heads of the description: itself where these are its own.
+
+    Raises PeftError where an adapted foundation cannot become that.
+    """
+    backbone = backbone_of(foundation)
+    if not is_adapted(foundation):
+        narrowed = backbone.is_narrowed(foundation, description)
+        return foundation if narrowed else backbone.narrow(foundation, description)
+    head = description["foundation"].get("head")
+    narrowed = backbone.is_narrowed(foundation, {**description, "foundation": {}})
+    several = len(getattr(foundation, "heads", ())) > 1
+    if origin(foundation).get("head") != head or (not narrowed and several):
+        raise PeftError("the adapter was trained for other heads than the one that it would replace: load it onto "
+                        "the foundation")
+    if narrowed:
+        return eject(foundation)
+    return backbone.narrow(eject(copy.deepcopy(foundation)), description)
+
+
+def set_energies(model: nn.Module, values: dict) -> None:
+    """Give the adapted model these E0s, scale and shift, while it has its adapters; all or, on an error, none."""
+    constants = backbone_of(model).constants(model)
+    tensors = {field: torch.as_tensor(values[field], dtype=torch.float64).reshape(buffer.shape)
+               for field, (_, buffer) in constants.items()}
+    for field, (name, buffer) in constants.items():
+        model.peft_originals[name] = buffer.clone()
+        buffer.copy_(tensors[field])

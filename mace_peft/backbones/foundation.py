@@ -1,0 +1,202 @@
+"""Foundation models: loading one, and narrowing it to what a run trains."""
+
+import ast
+import contextlib
+import copy
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from mace.calculators import foundations_models
+from mace.tools import AtomicNumberTable
+from mace.tools.finetuning_utils import load_foundations_elements
+from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
+from torch import nn
+
+from mace_peft.errors import PeftError, one_line
+
+
+def load_foundation(name: str, dtype: str = "") -> nn.Module:
+    """The MACE model of that file, in its own dtype, or of a name that MACE knows, on the CPU.
+
+    Raises PeftError if there is no such file, or if it holds no MACE model that can be adapted.
+    """
+    try:
+        model = load_by_name(name, dtype)
+    except FileNotFoundError:
+        raise PeftError(f"foundation model {name} is neither a file nor a name that MACE knows: check the path, or "
+                        "use a name such as small, medium_off or mace_omol") from None
+    except Exception as error:  # unpickling runs code of any package, and a download fails in many ways
+        raise PeftError(f"foundation model {name} cannot be loaded ({one_line(error)}): give the .model file of a "
+                        "MACE model") from error
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PeftError(f"foundation model {name} is compiled to TorchScript, which cannot be trained: give the "
+                        ".model file that it was compiled from")
+    if not isinstance(model, nn.Module) or not hasattr(model, "interactions") or not hasattr(model, "products"):
+        raise PeftError(f"foundation model {name} holds a {type(model).__name__}, not a MACE model: give the .model "
+                        "file that mace_run_train wrote")
+    try:
+        known = "error" not in extract_config_mace_model(model)
+    except Exception as error:  # of a shape that this mace-torch does not know
+        raise PeftError(f"foundation model {name} is a {type(model).__name__} that this mace-torch cannot read "
+                        f"({one_line(error)}): give another, or upgrade mace-torch") from error
+    if not known:
+        raise PeftError(f"foundation model {name} is a {type(model).__name__}, and mace_run_train cannot fine-tune "
+                        "that class: give a ScaleShiftMACE, MACELES or PolarMACE")
+    return with_heads(model)
+
+
+def with_heads(model: nn.Module) -> nn.Module:
+    """Models that were saved before MACE had heads have one: say so, as newer ones do. Returns the model."""
+    if not hasattr(model, "heads"):
+        model.heads = ["Default"]
+    return model
+
+
+def load_by_name(name: str, dtype: str) -> nn.Module:
+    """Load as ``mace_run_train`` does, in the same order of preference."""
+    options = {"device": "cpu", "default_dtype": dtype, "return_raw_model": True}
+    if name in getattr(foundations_models, "polar_model_names", ()):  # mace-torch 0.3.16 and later
+        return foundations_models.mace_polar(model=name, **options)
+    if name in getattr(foundations_models, "mace_mp_names", ("small", "medium", "large")):  # those of 0.3.13
+        return foundations_models.mace_mp(model=name, **options)
+    if name in ("small_off", "medium_off", "large_off"):
+        return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
+    if name == "mace_omol":
+        return foundations_models.mace_omol(**options)
+    return torch.load(name, map_location="cpu", weights_only=False)
+
+
+def symbols(elements: Iterable[int]) -> str:
+    """The elements (atomic numbers) as a text of chemical symbols."""
+    return " ".join(chemical_symbols[element] for element in sorted(elements))
+
+
+def first_E0s(model: nn.Module) -> dict[int, float]:
+    """E0s (eV) of the model's first head by atomic number."""
+    energies = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)[0].tolist()
+    return dict(zip(model.atomic_numbers.tolist(), energies, strict=True))
+
+
+def rebuild(
+    foundation: nn.Module, elements: list[int], heads: list[str], atomic_energies: list[list[float]]
+) -> nn.Module:
+    """A model of the foundation's class and weights for these elements (atomic numbers), heads and E0s (eV).
+
+    ``mace_run_train`` makes such a model before it trains: the same functions of MACE do it here, so that the numbers
+    are the same. It has the foundation's dtype and device. Raises PeftError if the foundation lacks an element.
+    """
+    missing = set(elements) - set(foundation.atomic_numbers.tolist())
+    if missing:
+        raise PeftError(f"the foundation does not know {symbols(missing)}, which the adapter was trained for: use the "
+                        "foundation that it was trained from")
+    with default_dtype_of(foundation):
+        config = extract_config_mace_model(foundation)
+        config |= {
+            "atomic_numbers": elements, "num_elements": len(elements), "heads": heads,
+            "atomic_energies": np.array(atomic_energies),
+            "atomic_inter_scale": [1.0] * len(heads), "atomic_inter_shift": [0.0] * len(heads),
+        }
+        model = load_foundations_elements(type(foundation)(**config), foundation, AtomicNumberTable(elements),
+                                          load_readout=True, max_L=config["hidden_irreps"].lmax)
+    return take_over_rest(model, foundation).to(next(foundation.parameters()).device)
+
+
+def take_over_rest(model: nn.Module, foundation: nn.Module) -> nn.Module:
+    """Give the model that MACE made from the foundation what MACE does not take over. Returns the model.
+
+    These are constants, which are rounded where the foundation was made in float32 (mace-torch 0.3.16 takes them over,
+    earlier releases compute them anew); and the settings of LES, and its charges where the heads are as many.
+
+    Raises PeftError if the model has not the same layers, from the foundation's weights: MACE takes the correlation of
+    all layers from the first one, leaves LES charges of several heads at random, and before 0.3.15 forgets that a model
+    has no cutoff.
+    """
+    constants = dict(foundation.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in constants and constants[name].shape == buffer.shape and not name.startswith("atomic_energies_fn."):
+            buffer.copy_(constants[name])
+    if hasattr(foundation, "les_readouts") and len(model.heads) == len(foundation.heads):
+        model.les_readouts.load_state_dict(foundation.les_readouts.state_dict())
+    for name in ("les", "compute_bec", "bec_output_index"):
+        if hasattr(foundation, name):
+            setattr(model, name, copy.deepcopy(getattr(foundation, name)))
+
+    def taken_over(name: str) -> bool:
+        if name not in made or name not in held:
+            return False
+        if made[name].shape != held[name].shape:  # of fewer elements, or of several heads
+            return not name.startswith("les_readouts.")
+        # MACE leaves some weights of the new model on the CPU until it moves the whole
+        return torch.equal(made[name].cpu(), held[name].cpu())
+
+    made, held = model.state_dict(), foundation.state_dict()  # a file of an older MACE lacks buffers of the newer one
+    parameters = dict.fromkeys(name for either in (foundation, model) for name, parameter in either.named_parameters()
+                               if parameter.numel())
+    odd = [name for name in parameters if not taken_over(name)]
+    if getattr(model, "apply_cutoff", True) != getattr(foundation, "apply_cutoff", True):
+        odd.append("apply_cutoff")
+    if odd:
+        heads = "" if len(model.heads) == 1 else f" for the heads {', '.join(model.heads)}"
+        raise PeftError(f"mace_run_train cannot take {odd[0]} of this {type(foundation).__name__} over{heads}: "
+                        "give another foundation model, or one head")
+    return model
+
+
+def single_head(foundation: nn.Module, head: str | None) -> nn.Module:
+    """The foundation with that head alone, as ``--foundation_head`` makes it; itself where it has no others."""
+    if len(foundation.heads) == 1:
+        return foundation
+    with default_dtype_of(foundation):
+        return remove_pt_head(foundation, head).to(next(foundation.parameters()).device)
+
+
+@contextlib.contextmanager
+def default_dtype_of(model: nn.Module) -> Iterator[None]:
+    """MACE builds models and batches in torch's default dtype: make it the model's for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(next(model.parameters()).dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def given_E0s(head) -> set[int]:
+    """Elements of a head's data, and those of which E0s were given: as a dictionary, a file of one, or isolated atoms.
+
+    head: what MACE holds of it, once it has read these E0s.
+    """
+    text = str(head.E0s)
+    if head.atomic_energies_dict:
+        given = head.atomic_energies_dict
+    elif text.endswith(".json"):
+        given = json.loads(Path(text).read_text())
+    else:
+        given = ast.literal_eval(text) if "{" in text else {}
+    return {*head.z_table.zs, *map(int, given.get(head.head_name, given))}
+
+
+def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, given: list[set[int]]) -> None:
+    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
+
+    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. given: for
+    each head the atomic numbers of those that were given, or are in its data; other elements, for which MACE has 0
+    (``--foundation_model_elements``), take the E0 that is known of them.
+    """
+    held = model.atomic_energies_fn.atomic_energies
+    elements = model.atomic_numbers.tolist()
+    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(given), len(elements)).clone()
+    for row, present in enumerate(given):
+        for column, element in enumerate(elements):
+            if element not in present:
+                wanted[row, column] = known[element]
+    wanted = wanted.reshape(held.shape)
+    if not torch.equal(held, wanted):
+        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}, and they are "
+                     f"{wanted.flatten().tolist()} (eV, for {symbols(elements)})")
+        held.copy_(wanted)

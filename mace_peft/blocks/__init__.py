@@ -1,0 +1,1 @@
+"""What an operation is, for each package that has some, and how it takes an adapter."""

@@ -1,0 +1,44 @@
+"""PeftError, the one error that users see, and what its texts are made of."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+# settings, and the options of mace_run_train that they are
+OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern"} | {
+    name: f"--peft_{name}" for name in "rank alpha targets gate init_std train_also budget adapter fast".split()}
+MARKED = re.compile(f"<({'|'.join(OPTIONS)})>")
+
+
+class PeftError(ValueError):
+    """A setting, model or file that cannot be used: its text names the value, the cause and the remedy in one line.
+
+    ``<rank>`` in the text that it is made from is a setting: ``rank`` in Python, ``--peft_rank`` on the command line.
+    """
+
+    def __str__(self) -> str:
+        return MARKED.sub(r"\1", self.args[0])
+
+    def on_command_line(self) -> str:
+        """The text with the settings as options of ``mace_run_train``, all of it printable."""
+        text = MARKED.sub(lambda match: OPTIONS[match[1]], self.args[0])
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def one_line(error: Exception) -> str:
+    """What another package's error says, short and without line breaks, to go into a PeftError."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+
+
+def did_you_mean(value: str, names: Iterable[str]) -> str:
+    """', did you mean ...?' for the names close to value, or nothing."""
+    close = difflib.get_close_matches(value, list(names), n=3, cutoff=0.5)
+    return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_choice(setting: str, value: object, choices: Iterable[str]) -> None:
+    """Raise PeftError unless value is one of the choices, naming the closest one."""
+    choices = tuple(choices)
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise PeftError(f"{setting} {value!r} is unknown{hint}: use {' or '.join(choices)}")

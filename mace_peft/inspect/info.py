@@ -1,0 +1,69 @@
+"""What ``mace_peft info`` says of an adapter directory or a model."""
+
+from pathlib import Path
+
+from prettytable import PrettyTable
+from torch import Tensor
+
+from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, describe, read_adapter
+from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.methods import METHODS
+from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters
+from mace_peft.model.summary import count
+
+
+def info(path: str) -> str:
+    """Method, rank, placement, parameters by module, elements, size and fingerprint of what is at the path.
+
+    Raises PeftError if that is neither an adapter directory nor a MACE model.
+    """
+    if Path(path).is_dir():
+        _, description, tensors = read_adapter(path)
+        size = sum((Path(path) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+        return adapter_info(f"adapter {path} ({size:,} bytes)", description, tensors)
+    model = load_foundation(path)
+    if Path(path).exists():
+        path += f" ({Path(path).stat().st_size:,} bytes)"
+    if is_adapted(model):
+        return adapter_info(f"adapted model {path}", describe(model), trainable_parameters(model))
+    return table({
+        "what": f"model {path}",
+        "adapters": "none: a plain MACE model, such as a foundation or a merged fine-tune",
+        "class": type(model).__name__,
+        "parameters": f"{count(model.parameters()):,}",
+        "elements": symbols(model.atomic_numbers.tolist()),
+        "heads": ", ".join(model.heads),
+        "fingerprint": fingerprint(model),
+    })
+
+
+def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> str:
+    config, foundation = description["peft"], description["foundation"]
+    row = METHODS[config["method"]]
+    shown = {"rank": config["rank"], "alpha": "as the rank" if config["alpha"] is None else f"{config['alpha']:g}",
+             "gate": config["gate"]}
+    settings = [f"{name} {value}" for name, value in shown.items() if name in row.settings]
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        module = name.partition(".adapter.")[0]
+        sizes[module] = sizes.get(module, 0) + tensor.numel()
+    modules = PrettyTable(["module", "parameters"], align="r")
+    modules.align["module"] = "l"
+    modules.add_rows([[module, f"{size:,}"] for module, size in sorted(sizes.items())])
+    return table({
+        "what": what,
+        "method": ", ".join([config["method"], *settings]),
+        "placement": config["targets"],
+        "trains along": config["train_also"] or "nothing",
+        "parameters": f"{sum(sizes.values()):,} ({description['dtype']})",
+        "class": description["model_class"],
+        "elements": symbols(description["elements"] or ()) or "any",
+        "heads": ", ".join(description["heads"] or ["none"]),
+        "foundation": foundation["name"] or "not named",
+        "fingerprint": foundation["fingerprint"],
+        "versions": ", ".join(f"{package} {version}" for package, version in description["versions"].items()),
+    }) + f"\n{modules}"
+
+
+def table(rows: dict[str, str]) -> str:
+    return "\n".join(f"{name:<13}{value}" for name, value in rows.items())

@@ -1,0 +1,214 @@
+"""The class that a model takes while it has adapters.
+
+MACE rebuilds models in many places (``mace_select_head``, ``--foundation_model`` with several heads, the conversions to
+cuEquivariance and OpenEquivariance, ``MACECalculator(compile_mode=...)``): it calls ``model.__class__(**config)`` and
+copies parameters by name. The model's own class would make a model without adapters there. This one makes a model with
+the same adapters for MACE to fill, and refuses parameters that would leave an adapter unfilled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from mace_peft.backbones import backbone_of
+from mace_peft.blocks.adapted import Updated, adapted_blocks, over, plain, put_in
+from mace_peft.config import PeftConfig
+from mace_peft.errors import PeftError
+from mace_peft.model.targets import Target, find_parameters, find_targets
+from mace_peft.restore import restore
+
+# the models whose adapters are off in this context
+SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", default=())
+
+
+class AdaptedModel(nn.Module):
+    """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
+
+    With the class come the settings, ``peft_config``. The model has ``peft_foundation``, what it started from (a dict
+    of name, head and fingerprint; None is its own base, see ``origin``); ``peft_base``, the fingerprint of its base
+    then; and ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter``
+    replaces, as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift
+    are those of its base.
+    """
+
+    is_made_here = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.peft_foundation = self.peft_base = None
+        if backbone_of(self).backend(self) == "cuEquivariance":
+            self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
+        else:
+            backbone_of(self).check_new(self)
+            self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
+            add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
+
+    def take_gates(self, plain: AdaptedModel) -> None:
+        """Adapters as the plain model's, on the layers of cuEquivariance, for MACE to fill.
+
+        Raises PeftError for updates of weights: MACE does not fill those of the contractions.
+        """
+        from mace_peft.blocks.cuequivariance import carry_over  # only where it is installed
+
+        blocks = adapted_blocks(plain)
+        if any(isinstance(block, Updated) for block in blocks.values()):
+            raise PeftError("low-rank updates and scales cannot go to cuEquivariance with the model: merge them into "
+                            "its weights before you convert it")
+        carry_over(blocks, None, self)
+        self.peft_originals = dict.fromkeys(plain.peft_originals)
+
+    def __call__(self, *args, **kwargs):
+        if any(model is self for model in SWITCHED_OFF.get()):
+            return base_of(self)(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return restore, ("model", plain(self), self.peft_config.to_dict()), *state
+
+    def __copy__(self):
+        """Modules of its own over the same tensors, but for those that ``eject`` sets: ejecting it changes no other."""
+        shared = [tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())
+                  if name not in self.peft_originals]
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in shared})
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+        trained = trainable_parameters(self)
+        lost = [name for name, tensor in trained.items() if shapes.get(prefix + name) != tensor.shape]
+        if lost:
+            raise PeftError(f"{len(lost)} adapter tensors ({lost[0]}, ...) are missing or of another shape in what the "
+                            "model is to be filled with: keep the model as it is, merge an ELoRA adapter first, or "
+                            "give the foundation and the adapter directory (<adapter>)")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@functools.cache
+def adapted_model_class(plain: type[nn.Module], config: PeftConfig) -> type[AdaptedModel]:
+    attributes = {"peft_config": config, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (AdaptedModel, plain), attributes)
+
+
+def empty_model(plain: type[nn.Module], settings: dict) -> AdaptedModel:
+    """For ``mace_peft.restore``."""
+    cls = adapted_model_class(plain, PeftConfig(**settings))
+    return cls.__new__(cls)
+
+
+def settle(model: nn.Module, config: PeftConfig, foundation: dict | None) -> None:
+    """Give the model the class that keeps these settings, and this origin."""
+    model.__class__ = adapted_model_class(plain(model), config)
+    model.peft_foundation = foundation
+    model.peft_base = fingerprint(model)
+
+
+def origin(model: AdaptedModel) -> dict:
+    """What the model started from: name, head and fingerprint of its foundation.
+
+    That is the model's own base where its weights are no longer those it had: trained, loaded, or rebuilt by MACE.
+    """
+    base = fingerprint(model)
+    known = model.peft_foundation is not None and model.peft_base == base
+    return model.peft_foundation if known else {"name": None, "fingerprint": base}
+
+
+def add_adapters(model: nn.Module, targets: dict[str, Target], config: PeftConfig) -> None:
+    """Give each target its adapter, in the dtype and on the device of the block."""
+    for name, target in targets.items():
+        block = model.get_submodule(name)
+        weight = next(iter([*block.parameters(), *model.parameters()]))  # E0s are a buffer
+        adapter = target.make(block, config.of_module(name)).to(weight.device, weight.dtype)
+        put_in(block, target.mixin, adapter)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return isinstance(model, AdaptedModel)
+
+
+def check_adapted(model: nn.Module) -> None:
+    """Raise PeftError if the model has no adapters, if they are switched off in this context, or if it is none."""
+    backbone_of(model)
+    check_switched_on(model)
+    if not is_adapted(model):
+        raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
+
+
+def check_switched_on(model: nn.Module) -> None:
+    if any(off is model for off in SWITCHED_OFF.get()):
+        raise PeftError("the model's adapter is switched off: leave disable_adapter first")
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The base's predictions for a while: ``with disable_adapter(model): ...``.
+
+    It holds for calls of the model in this context: not for other threads, and not for copies and files that are made
+    meanwhile, which have their adapters. What trained along, and what ``load_adapter`` set, counts as before. Raises
+    PeftError if there is no adapter.
+    """
+    if not any(off is model for off in SWITCHED_OFF.get()):  # by an outer one
+        check_adapted(model)
+    known_originals(model)
+    before = SWITCHED_OFF.set((*SWITCHED_OFF.get(), model))
+    try:
+        yield model
+    finally:
+        SWITCHED_OFF.reset(before)
+
+
+def base_of(model: AdaptedModel) -> nn.Module:
+    """The base as a plain model of its own, which shares its tensors with the adapted one."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if ".adapter." not in name}
+    for name, block in adapted_blocks(model).items():  # of E0s there are no parameters
+        tensors |= {f"{name}.{key}": buffer for key, buffer in block._buffers.items()}
+    held = tensors | dict(model.named_buffers())
+    return over(model, tensors | {name: original.to(held[name]) for name, original in known_originals(model).items()})
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a fine-tune trains, by name: all parameters of the adapters and those of ``train_also``.
+
+    Derived from the model's structure, not from ``requires_grad``, which MACE switches while it evaluates. Freezing,
+    counting, the optimizer, the EMA and saving all come from here. Raises PeftError if the model has no adapters.
+    """
+    if not is_adapted(model):
+        check_adapted(model)
+    names = {f"{name}.adapter.{key}" for name, block in adapted_blocks(model).items() for key, _ in
+             block.adapter.named_parameters()}
+    names.update(model.peft_originals)
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The ``peft_originals`` of the model. Raises PeftError if one is lost, see ``AdaptedModel``."""
+    unknown = [name for name, original in model.peft_originals.items() if original is None]
+    if unknown:
+        raise PeftError(f"{unknown[0]} trained along, and its value before is not in this model, which MACE rebuilt "
+                        "from another: load the adapter onto its foundation instead")
+    return model.peft_originals
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the parameters by name, rounded to float32: the same for a model's float64 and float32 file.
+
+    Of an adapted model it is that of its base: without the adapters, and with ``train_also`` as it was before.
+    """
+    parameters = dict(model.named_parameters())
+    if is_adapted(model):
+        learnt = trainable_parameters(model)
+        for name in learnt:
+            del parameters[name]
+        parameters |= {name: original for name, original in known_originals(model).items() if name in learnt}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Put adapters into a model, take them out, fold them into the weights. All in place, as MACE's own code does."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from mace_peft.backbones import backbone_of
+from mace_peft.blocks.adapted import Updated, adapted_blocks, adapters_of, plain, take_out
+from mace_peft.config import PeftConfig
+from mace_peft.errors import PeftError
+from mace_peft.model.adapted import (
+    add_adapters,
+    check_adapted,
+    check_switched_on,
+    fingerprint,
+    is_adapted,
+    known_originals,
+    settle,
+    trainable_parameters,
+)
+from mace_peft.model.targets import Target, find_parameters, find_targets
+
+
+def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None) -> nn.Module:
+    """Adapt the model and freeze everything but its adapters and ``config.train_also``. Returns the model.
+
+    The adapters have the dtype and device of the blocks they adapt. ``foundation`` says what the model started from
+    (``{"name", "head", "fingerprint"}``), by default the model itself. Raises PeftError where ``check`` does, and then
+    leaves the model as it was.
+    """
+    targets = check(model, config)
+    if config.rank == "auto" and config.rank_pattern is None:
+        raise PeftError("<rank> auto has to be chosen from data first: see mace_peft.model.ranks.choose_ranks")
+    foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
+    originals = {name: model.get_parameter(name).detach().clone() for name in
+                 find_parameters(model, config.train_also)}
+    add_adapters(model, targets, config)
+    model.peft_originals = originals
+    settle(model, config, foundation)
+    return freeze(model)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Freeze all but what the fine-tune trains. Returns the model."""
+    model.requires_grad_(False)
+    for parameter in trainable_parameters(model).values():
+        parameter.requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """What is frozen stays so after this: gradient clipping would see the gradients of the base."""
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, learns in trains.items():
+            parameter.requires_grad_(learns)
+
+
+def check(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
+    """The targets of the settings in this model (``find_targets``); changes nothing.
+
+    Raises PeftError if no backbone knows the model, if it has adapters already, if a placement or pattern finds
+    nothing, if a rank is above the largest that is of use, or if no target is scaled by alpha.
+    """
+    backbone = backbone_of(model)
+    if not isinstance(config, PeftConfig):
+        raise PeftError(f"{config!r:.80} are no settings: give a PeftConfig, such as PeftConfig('mmea')")
+    check_switched_on(model)
+    if is_adapted(model):
+        raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
+    backbone.check_new(model)
+    targets = find_targets(model, config)
+    find_parameters(model, config.train_also)
+    if config.has_rank:
+        check_rank(model, targets, config)
+    if config.alpha not in (None, config.rank) and not any("alpha" in t.adapter.settings for t in targets.values()):
+        raise PeftError(f"<alpha> {config.alpha:g} has no effect on gates, and nothing else is in <targets> "
+                        f"{config.targets}: leave it out, or use published")
+    return targets
+
+
+def check_rank(model: nn.Module, targets: dict[str, Target], config: PeftConfig) -> None:
+    ranked = targets if config.rank != "auto" else dict(config.rank_pattern or ())
+    largest = {name: targets[name].largest_rank(model.get_submodule(name)) for name in ranked}
+    if config.rank == "auto":
+        for name, rank in ranked.items():
+            if rank > largest[name]:
+                raise PeftError(f"rank_pattern {name} {rank} is more than that module can use: the largest useful rank "
+                                f"there is {largest[name]}")
+        return
+    widest = max(largest, key=largest.get)
+    if config.rank > largest[widest]:
+        if not largest[widest]:
+            raise PeftError(f"<rank> {config.rank} has no effect on {widest}, which takes a shift and no update of low "
+                            "rank: use <method> scales")
+        raise PeftError(f"<rank> {config.rank} is more than the widest target ({widest}) can use: the largest useful "
+                        f"rank here is {largest[widest]}")
+
+
+@torch.no_grad()
+def eject(model: nn.Module) -> nn.Module:
+    """Take the adapters out: the base as it was, every parameter trainable. Returns the model.
+
+    What trained along, and what ``load_adapter`` set, is as it was before. Updates that ``fold`` has put into the
+    weights stay there. Raises PeftError if there is no adapter.
+    """
+    check_adapted(model)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, original in known_originals(model).items():
+        # no copy into the tensor, of which a backward pass that is still to come may need the version that it was
+        tensors[name].data = original.to(tensors[name], copy=True)
+    for block in adapted_blocks(model).values():
+        take_out(block)
+    return forget(model)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold low-rank updates and scales into the weights: a plain model of the same predictions. Returns it.
+
+    Raises PeftError if there is no adapter, or if one is a gate that atoms drive.
+    """
+    check_adapted(model)
+    gates = [name for name, block in adapted_blocks(model).items() if not isinstance(block, Updated)]
+    if gates:
+        raise PeftError(f"the MMEA gate at {gates[0]} cannot be merged, for its gain depends on each atom's "
+                        "environment: keep the adapted model, or use its TorchScript file where mace-peft is missing")
+    return fold(model)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Fold what can be folded, low-rank updates and scales, and leave the gates. Returns the model.
+
+    Gates that stay have a new base then, and the model's settings name them.
+    """
+    updated = [block for block in adapted_blocks(model).values() if isinstance(block, Updated)]
+    for block in updated:
+        block.fold()
+        take_out(block)
+    gates = adapted_blocks(model)
+    if not gates:
+        return forget(model)
+    if updated:
+        convolutions = {receiver: name for name, receiver in backbone_of(model).receivers(model).items()}
+        # the layer that takes messages has the gates of a convolution if that is the target
+        targets = [convolutions[name] if "messages" in adapters_of(block) else name for name, block in gates.items()]
+        config = dataclasses.replace(model.peft_config, targets=",".join(targets), alpha=None)  # that of the updates
+        if config.rank_pattern is not None:
+            ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
+            config = dataclasses.replace(config, rank_pattern=ranks)
+        settle(model, config, None)
+    return model
+
+
+def forget(model: nn.Module) -> nn.Module:
+    """Drop what ``inject`` left on a model that has no adapters any more, so that it is a plain one again."""
+    del model.peft_originals, model.peft_foundation, model.peft_base
+    model.__class__ = plain(model)
+    return model.requires_grad_(True)

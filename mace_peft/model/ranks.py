@@ -1,0 +1,135 @@
+"""``--peft_rank auto``: the rank of each module, from the gradients that the training set gives at the start.
+
+The gradient G of a weight says what a small update of it gains: one of rank r at most the r largest singular values of
+G. Of MMEA's gates, G is the gradient of the last layer of a wide gate. Ranks grow one by one, each time where the next
+singular value is largest for the parameters that it costs, until the budget is spent.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import torch
+from prettytable import PrettyTable
+from torch import nn
+
+from mace_peft.blocks.adapted import Adapted, Updated, adapted_blocks, adapters_of, weights_of
+from mace_peft.config import PeftConfig
+from mace_peft.errors import PeftError
+from mace_peft.model.inject import inject
+from mace_peft.model.targets import Target, find_targets
+
+WIDE = 32  # hidden channels of a gate whose gradients are looked at, and the largest rank that it can get
+
+
+@dataclasses.dataclass
+class Candidate:
+    """What the ranks 1, 2, ... of a module gain, and the parameters that the first and each further one cost."""
+
+    gains: list[float]
+    first: int
+    further: int
+    rank: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Of the next rank."""
+        return self.further if self.rank else self.first
+
+    @property
+    def worth(self) -> float:
+        return self.gains[self.rank] / self.cost if self.rank < len(self.gains) else 0.0
+
+
+def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[nn.Module], None]) -> PeftConfig:
+    """The settings with ``rank_pattern`` for this model, which has no adapters and stays as it is.
+
+    ``differentiate(model)`` leaves the gradients of the loss in the parameters of the model that it is given. Raises
+    PeftError if the rank is not ``auto``, if the budget is too small for any adapter, or if a gradient is not finite.
+    """
+    if config.rank != "auto":
+        raise PeftError(f"rank {config.rank} leaves no ranks to choose: use rank auto")
+    base = sum(parameter.numel() for parameter in model.parameters())
+    share = config.budget.endswith("%")
+    budget = int(base * float(config.budget[:-1]) / 100) if share else int(config.budget)
+    # what is made here, on the CPU, is not what trains: the run's random numbers go on as before
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        candidates, spent = find_candidates(model, config, differentiate)
+    if not any(any(candidate.gains) for candidate in candidates.values()):
+        raise PeftError(f"<rank> auto finds nothing in <targets> {config.targets!r} that the training set "
+                        "would change by an update of low rank: choose other targets, or check the labels")
+    while True:
+        affordable = [c for c in candidates.values() if c.worth > 0 and spent + c.cost <= budget]
+        if not affordable:
+            break
+        best = max(affordable, key=lambda candidate: candidate.worth)
+        spent += best.cost
+        best.rank += 1
+    if spent > budget or not any(candidate.rank for candidate in candidates.values()):
+        least = spent + min(candidate.first for candidate in candidates.values() if any(candidate.gains))
+        raise PeftError(f"<budget> {config.budget} is {budget:,} of the base's {base:,} parameters, and the "
+                        f"smallest adapter takes {least:,}: give more, or other <targets>")
+    ranks = {name: candidate.rank for name, candidate in candidates.items() if candidate.rank}
+    logging.info(f"Ranks chosen for a budget of {config.budget} ({budget:,} parameters, {spent:,} used), by the "
+                 f"singular values of the first gradients:\n{listing(candidates)}")
+    shared = [ranks]
+    if torch.distributed.is_initialized():  # by rounding, the processes could have come to other ones
+        torch.distributed.broadcast_object_list(shared)
+    return dataclasses.replace(config, rank_pattern=shared[0])
+
+
+def find_candidates(model: nn.Module, config: PeftConfig, differentiate) -> tuple[dict[str, Candidate], int]:
+    """The candidates by module, and the parameters of what needs no rank: scales, and shifts of E0s."""
+    targets = find_targets(model, config)
+    # a gate shows what ranks it is worth when it is wide; the gradients of weights do not depend on the rank
+    probe = {name: min(WIDE, target.largest_rank(model.get_submodule(name))) if target.adapter.on_features else 1
+             for name, target in targets.items() if "rank" in target.adapter.settings}
+    adapted = inject(copy.deepcopy(model), dataclasses.replace(config, rank_pattern=probe)).requires_grad_(True)
+    differentiate(adapted)
+    candidates, unranked = {}, 0
+    for name, block in adapted_blocks(adapted).items():
+        target, plain_block = targets[name], model.get_submodule(name)
+        left = target if name not in probe else target._replace(adapter=target.adapter.without_rank)
+        always = 0 if left.adapter is None else size(left, plain_block, config, 1)
+        unranked += always
+        if name in probe:
+            first, second = (size(target, plain_block, config, rank) for rank in (1, 2))
+            candidates[name] = Candidate(singular_values(name, block), first - always, second - first)
+    return candidates, unranked
+
+
+def size(target: Target, block: nn.Module, config: PeftConfig, rank: int) -> int:
+    """Parameters of the block's adapter of that rank."""
+    adapter = target.make(block, dataclasses.replace(config, rank=rank, budget=None, rank_pattern=None))
+    return sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def singular_values(name: str, block: Adapted) -> list[float]:
+    """What each rank gains: singular values of the gradients of the module's matrices, the n-th of all added up."""
+    found = []
+    for adapter in adapters_of(block).values():
+        tensors = weights_of(block, adapter.names) if isinstance(block, Updated) else dict(adapter.named_parameters())
+        found += adapter.gradients_by_rank({key: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                                            for key, tensor in tensors.items()})
+    if not all(gradient.isfinite().all() for gradient in found):
+        raise PeftError(f"the gradient at {name} is not finite, so that no rank can be chosen: check the labels of the "
+                        "training set")
+    summed = torch.zeros(max(min(gradient.shape) for gradient in found), dtype=torch.float64)
+    for gradient in found:
+        values = torch.linalg.svdvals(gradient.cpu().double())  # mps has no doubles
+        rounding = max(gradient.shape) * torch.finfo(gradient.dtype).eps * values.max()
+        summed[: len(values)] += torch.where(values > rounding, values, 0)
+    return summed.tolist()
+
+
+def listing(candidates: dict[str, Candidate]) -> str:
+    table = PrettyTable(["module", "rank", "parameters", "kept of the gradient"], align="r")
+    table.align["module"] = "l"
+    for name, candidate in candidates.items():
+        cost = candidate.first + (candidate.rank - 1) * candidate.further if candidate.rank else 0
+        total = sum(candidate.gains)
+        kept = 100 * sum(candidate.gains[: candidate.rank]) / total if total else 0
+        table.add_row([name, candidate.rank, f"{cost:,}", f"{kept:.0f} %"])
+    return table.get_string()

@@ -1,0 +1,36 @@
+"""The table of adapted modules that a run logs."""
+
+from prettytable import PrettyTable
+from torch import nn
+
+from mace_peft.blocks.adapted import adapted_blocks, adapters_of
+from mace_peft.model.adapted import trainable_parameters
+from mace_peft.model.targets import unit
+
+
+def summary(model: nn.Module) -> str:
+    """Adapted modules with what trains in each, how many parameters that is, and its share of the base's.
+
+    A radial MLP and a set of symmetric contractions have one row each. Raises PeftError if there is no adapter.
+    """
+    trainable = trainable_parameters(model)
+    blocks = adapted_blocks(model)
+    rows: dict[tuple[str, str], int] = {}
+    for name, block in blocks.items():
+        adapters = list(adapters_of(block).values())
+        row = (unit(model, name), adapters[0].kind + "s" * (len(adapters) > 1))
+        rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
+    rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
+                 if name in model.peft_originals})
+    base = count(model.parameters()) - sum(count(block.adapter.parameters()) for block in blocks.values())
+
+    table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")
+    table.align["module"] = table.align["what trains"] = "l"
+    for (name, kind), number in rows.items():
+        table.add_row([name, kind, f"{number:,}", f"{100 * number / base:.2f}"])
+    total = count(trainable.values())
+    return f"{table}\nTrainable: {total:,} parameters, {100 * total / base:.1f} % of the base's {base:,}"
+
+
+def count(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters)

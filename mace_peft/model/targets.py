@@ -1,0 +1,183 @@
+"""Which modules of a model get an adapter and which one, and which base parameters train along."""
+
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from mace_peft.backbones import Backbone, backbone_of
+from mace_peft.blocks.adapted import Adapted, Updated, weights_of
+from mace_peft.blocks.operation import Operation, operation_of
+from mace_peft.config import PeftConfig, split_patterns
+from mace_peft.errors import PeftError, did_you_mean
+from mace_peft.methods import Adapter, Part
+
+
+class Target(NamedTuple):
+    """What a module is to get: the adapter of a method, for the operation that the module is."""
+
+    operation: Operation
+    adapter: type[Adapter]
+
+    @property
+    def mixin(self) -> type[Adapted]:
+        """The class that makes the module an adapted one."""
+        return self.operation.gated if self.adapter.on_features else Updated
+
+    def make(self, block: nn.Module, config: PeftConfig) -> nn.Module:
+        """A new adapter for the module, in torch's default dtype: of several gates, a ModuleDict."""
+        settings = {name: getattr(config, name) for name in self.adapter.settings}
+        if self.adapter.on_features:
+            gates = {name: self.adapter(*irreps, **settings) for name, irreps in self.operation.gates(block).items()}
+            return gates["output"] if len(gates) == 1 else nn.ModuleDict(gates)
+        parts = checked_parts(block, self.operation)
+        weights = weights_of(block, dict.fromkeys(part.weight for part in parts))
+        made = self.adapter(parts, {name: weight.detach() for name, weight in weights.items()}, **settings)
+        made.names = tuple(weights)
+        return made
+
+    def largest_rank(self, block: nn.Module) -> int:
+        """The largest rank that is of use to the module; 0 where its adapter has none."""
+        if self.adapter.on_features:
+            return max(self.adapter.largest_rank(*irreps) for irreps in self.operation.gates(block).values())
+        return self.adapter.largest_rank(self.operation.parts(block))
+
+
+def checked_parts(block: nn.Module, operation: Operation) -> list[Part]:
+    """The parts of the block's weights. Raises PeftError if they are not all of them."""
+    parts = operation.parts(block)
+    sizes: dict[str, int] = {}
+    for part in parts:
+        sizes[part.weight] = sizes.get(part.weight, 0) + part.rows * part.columns
+    for name, weight in weights_of(block, sizes).items():
+        if weight.numel() != sizes[name]:
+            raise PeftError(f"the {name} of a {type(block).__name__} has {weight.numel()} numbers, and its paths "
+                            f"{sizes[name]}, so that it takes no adapter: choose <targets> without it")
+    return parts
+
+
+def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
+    """``{module name: target}`` for every module that gets an adapter, in the model's own order.
+
+    Warns where scales have no E0s beside them that could take a shift. Raises PeftError if the placement or a pattern
+    finds nothing to adapt in this model.
+    """
+    backbone = backbone_of(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    adaptable = {name: target for name, module in modules.items() if (target := target_of(module, config, backbone))}
+    if config.targets in backbone.placements:
+        roles = backbone.placements[config.targets]
+        wanted = [name for name, module in modules.items()
+                  if (operation := operation_of(module, backbone.operations)) and operation.role in roles]
+        found = adaptable_inside(model, adaptable, wanted)
+        found_roles = {adaptable[name].operation.role for name in found}
+        if not found_roles - {"energies"}:
+            needed = sorted({cls.__name__ for cls, operation in backbone.operations.items()
+                             if operation.role in roles - {"energies"}})
+            raise PeftError(f"<targets> {config.targets!r} needs {', '.join(needed)}, and {type(model).__name__} has "
+                            f"none that {config.method} adapts: use another placement or glob patterns")
+        if "energies" in config.row.adapters and "energies" not in found_roles:
+            warnings.warn(f"{config.method} change the total energy, and {type(model).__name__} has no atomic energies "
+                          "that could take a shift back", stacklevel=2)
+    else:
+        found = set()
+        for pattern in split_patterns(config.targets):
+            matched = adaptable_inside(model, adaptable, [name for name in modules if fnmatchcase(name, pattern)])
+            if not matched:
+                raise PeftError(no_match(model, pattern, config, backbone, list(adaptable)))
+            found |= matched
+    targets = gate_where_received(model, {name: adaptable[name] for name in found}, backbone)
+    targets = {name: targets[name] for name in modules if name in targets}
+    return targets if config.rank_pattern is None else with_chosen_ranks(targets, config)
+
+
+def target_of(module: nn.Module, config: PeftConfig, backbone: Backbone) -> Target | None:
+    """What the method makes of the module, if anything."""
+    operation = operation_of(module, backbone.operations)
+    adapter = operation and config.row.adapters.get(operation.role)
+    return Target(operation, adapter) if adapter else None
+
+
+def with_chosen_ranks(targets: dict[str, Target], config: PeftConfig) -> dict[str, Target]:
+    """The targets that have a rank, and of the others what needs none."""
+    ranks = dict(config.rank_pattern)
+    unknown = sorted(ranks.keys() - targets.keys())
+    if unknown:
+        raise PeftError(f"a rank was chosen for {unknown[0]}, which is no target in this model: choose the ranks anew")
+    for name, target in list(targets.items()):
+        if name not in ranks and "rank" in target.adapter.settings:
+            if target.adapter.without_rank is None:
+                del targets[name]
+            else:
+                targets[name] = target._replace(adapter=target.adapter.without_rank)
+    return targets
+
+
+def gate_where_received(model: nn.Module, found: dict[str, Target], backbone: Backbone) -> dict[str, Target]:
+    """Where a convolution is to be gated, its gate goes to the linear layer that takes the messages."""
+    receivers = backbone.receivers(model)
+    convolutions = {name: target for name, target in found.items() if target.operation.role == "convolution"}
+    unknown = [name for name in convolutions if name not in receivers]
+    if unknown:
+        raise PeftError(f"gates go to the linear layer that takes the messages of a convolution, and of {unknown[0]} "
+                        f"in this {type(model).__name__} it is not known: choose <targets> without it")
+    others = {name: target for name, target in found.items() if name not in convolutions}
+    return others | {receivers[name]: target for name, target in convolutions.items()}
+
+
+def adaptable_inside(model: nn.Module, adaptable: dict[str, Target], wanted: list[str]) -> set[str]:
+    """Names of the adaptable modules with weights that are wanted, or outermost inside a wanted module."""
+    return {found for name in wanted for found in outermost(name, model.get_submodule(name), adaptable)}
+
+
+def outermost(name: str, module: nn.Module, adaptable: dict[str, Target]) -> Iterator[str]:
+    target = adaptable.get(name)
+    weights_elsewhere = target is not None and (  # those of messages come from the radial MLP; E0s are a buffer
+        target.operation.role == "energies" or getattr(module, "weight_numel", 0) > 0)
+    if not any(parameter.numel() for parameter in module.parameters()) and not weights_elsewhere:
+        return  # such as a linear layer between irreps that have none in common: it gives zeros
+    if target is not None:
+        yield name
+    else:
+        for child, submodule in module.named_children():
+            yield from outermost(f"{name}.{child}", submodule, adaptable)
+
+
+def no_match(model: nn.Module, pattern: str, config: PeftConfig, backbone: Backbone, adaptable: list[str]) -> str:
+    if pattern in backbone.placements:
+        return f"<targets> {config.targets!r} mixes the placement {pattern} with patterns: give it alone"
+    names = list(dict.fromkeys(unit(model, name) for name in adaptable))
+    hint = did_you_mean(pattern, [*backbone.placements, *names])
+    return (f"<targets> {pattern!r} matches no module that {config.method} can adapt{hint}: use "
+            f"{', '.join(backbone.placements)}, or glob patterns over module names such as 'interactions.*.linear'; "
+            f"this model has {', '.join(names)}")
+
+
+def unit(model: nn.Module, name: str) -> str:
+    """The name under which a user knows a module: a layer belongs to its radial MLP, a contraction to its set."""
+    operations, parts = backbone_of(model).operations, name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        operation = operation_of(model.get_submodule(prefix), operations)
+        if operation is not None and operation.is_composite:
+            return prefix
+    return name
+
+
+def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
+    """Names of the base parameters that ``train_also`` names.
+
+    Raises PeftError for a pattern that matches none.
+    """
+    # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
+    names = [name for name, parameter in model.named_parameters() if parameter.numel()]
+    found: set[str] = set()
+    for pattern in split_patterns(patterns):
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise PeftError(f"<train_also> {pattern!r} matches no parameter of the model{did_you_mean(pattern, names)}"
+                            ": use glob patterns such as 'readouts.*'")
+        found |= matched
+    return [name for name in names if name in found]

@@ -1,0 +1,225 @@
+"""A fine-tune inside ``mace_run_train``: what stands in for the names of ``mace_peft.train.seams`` while it lasts."""
+
+import copy
+import functools
+import logging
+import types
+
+import torch
+from torch import nn
+
+from mace_peft.adapter.directory import save_adapter
+from mace_peft.backbones.foundation import first_E0s, given_E0s, put_E0s_right, take_over_rest
+from mace_peft.errors import PeftError, one_line
+from mace_peft.fast.backward import backward_to
+from mace_peft.fast.contraction import by_element, contract_as_mace
+from mace_peft.fast.tensor_product import restore_messages, split_messages
+from mace_peft.files import complete, one_line_errors
+from mace_peft.model.adapted import is_adapted, trainable_parameters
+from mace_peft.model.inject import eject, fold, freeze, trainability_kept
+from mace_peft.model.ranks import choose_ranks
+from mace_peft.model.summary import summary
+from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
+from mace_peft.train.gradients import differentiate, reach_all
+from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.options import adapter_directory
+from mace_peft.train.replay import apply_pseudolabels
+from mace_peft.train.seams import originals
+from mace_peft.train.start import Start, check_elements, check_heads, go_on
+
+
+class FineTune:
+    """One run with ``--peft``: what ``SEAMS`` names here takes the place of what is in ``original``.
+
+    fast: whether cheaper arithmetic of the same numbers takes the place of MACE's.
+    """
+
+    contract = staticmethod(by_element)
+
+    def __init__(self, run_train: types.ModuleType, args, start: Start, fast: bool):
+        self.original = originals(run_train)
+        self.args = args
+        self.start = start
+        self.fast = fast
+        self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
+        self.loss: nn.Module | None = None
+        self.model: nn.Module | None = None  # what trains
+        self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
+        self.checkpoints: AdapterCheckpointHandler | None = None
+        self.losses = FiniteLosses(self.original)
+        self.save_file = complete(self.original.save_file)
+
+    # Not set above: an attribute that knows this object would keep its model and data until a garbage collection.
+    @property
+    def backward(self):
+        return backward_to(self.trained)
+
+    @property
+    def jit(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(compile=self.compile)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def evaluate(self, model: nn.Module, **kwargs):
+        """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""
+        with trainability_kept(model):
+            return self.losses.evaluate(model=model, **kwargs)
+
+    def model_inference(self, loaders: dict, model: nn.Module, *args, **kwargs):
+        """In every version, the evaluation for MACE's plots leaves every parameter trainable."""
+        with trainability_kept(model):
+            return self.original.model_inference(loaders, model, *args, **kwargs)
+
+    def apply_pseudolabels(self, **kwargs) -> bool:
+        return apply_pseudolabels(self.original.apply_pseudolabels, **kwargs)
+
+    def estimate_e0s(self, foundation_model: nn.Module, foundation_e0s: dict, z_table, **kwargs):
+        """``--E0s=estimated`` from the model that the run starts from, in the run's dtype.
+
+        mace-torch 0.3.16 fails if the foundation has another dtype.
+        """
+        adapted = foundation_model if is_adapted(foundation_model) else self.start.adapted
+        check_elements(z_table.zs, adapted or foundation_model)
+        if adapted is not None:
+            if len(adapted.heads) > 1:
+                raise PeftError(f"--E0s=estimated cannot choose among the adapter's heads {', '.join(adapted.heads)}: "
+                                "give the E0s, or start from the foundation")
+            foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
+        return self.original.estimate_e0s(foundation_model=foundation_model.to(torch.get_default_dtype()),
+                                          foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
+
+    # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
+    def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
+        foundation = foundation.to(torch.get_default_dtype())
+        if is_adapted(foundation):  # what its readouts were before is known only here
+            self.base = self.original.remove_pt_head(eject(copy.deepcopy(foundation)), head)
+        return self.original.remove_pt_head(foundation, head)
+
+    def chosen_head(self, foundation: nn.Module, head_configs: list) -> nn.Module:
+        """The foundation with one head. Below 0.3.15, MACE takes ``--foundation_head`` for replay alone.
+
+        Raises PeftError for ``--E0s=foundation`` where MACE has taken those of another head by now.
+        """
+        if len(getattr(foundation, "heads", ())) < 2:
+            return foundation
+        first = first_E0s(foundation)
+        chosen = self.remove_pt_head(foundation, self.args.foundation_head)
+        if first_E0s(chosen) != first and any(str(head.E0s).lower() == "foundation" for head in head_configs):
+            raise PeftError(f"--E0s foundation takes those of the head {foundation.heads[0]} before mace-torch 0.3.15, "
+                            f"and this run starts from the head {chosen.heads[0]}: give the E0s as numbers")
+        return chosen
+
+    def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
+        foundation = self.chosen_head(foundation.to(torch.get_default_dtype()), head_configs)
+        adapted = foundation if is_adapted(foundation) else self.start.adapted
+        elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
+        check_elements(elements, adapted or foundation)
+        if adapted is not None:
+            check_heads(heads, adapted)
+        if adapted is foundation:
+            foundation = self.base or eject(copy.deepcopy(adapted))
+        try:
+            model, output_args = self.original.configure_model(
+                args, train_loader, atomic_energies, foundation, heads, z_table, head_configs)
+        except Exception as error:  # MACE fails in many ways on blocks whose weights it cannot take over
+            blocks = ", ".join(sorted({type(block).__name__ for block in foundation.interactions}))
+            raise PeftError(f"mace_run_train cannot fine-tune foundation model {args.foundation_model}, a "
+                            f"{type(foundation).__name__} of {foundation.num_interactions} {blocks} "
+                            f"({one_line(error)}): give another foundation model") from error
+        take_over_rest(model, foundation)
+        if atomic_energies is not None:
+            given = {head.head_name: given_E0s(head) for head in head_configs}
+            known = first_E0s(foundation if adapted is None else adapted)
+            put_E0s_right(model, known, atomic_energies, [given[head] for head in heads])
+        if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
+            look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
+            self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
+        new = go_on(model, self.start.config, self.start.foundation, adapted)
+        self.model = self.plain = split_messages(model) if self.fast else model
+        logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
+        row = self.start.config.row
+        logging.info(f"Learning rate {args.lr:g}; in sweeps {row.lr:g} was best for {row.title}")
+        if adapted is not None:
+            source = getattr(args, "peft_adapter", None) or args.foundation_model
+            logging.info(f"The adapters go on from {source}; {len(new)} of their tensors are new")
+        if len(heads) > 1 and not any(p.requires_grad for p in model.readouts.parameters()):
+            logging.warning("No readout trains, so that the heads differ in their E0s alone: to let them differ, add "
+                            "--peft_train_also 'readouts.*'")
+        return model, output_args
+
+    def get_loss_fn(self, *args, **kwargs) -> nn.Module:
+        self.loss = self.original.get_loss_fn(*args, **kwargs)
+        return self.loss
+
+    def run_e3nn_to_cueq(self, model: nn.Module, **kwargs) -> nn.Module:
+        from mace_peft.train.cuequivariance import accelerate
+
+        convert = functools.partial(self.original.run_e3nn_to_cueq, **kwargs)
+        self.model = freeze(accelerate(self.plain, eject(model), convert))
+        return self.model
+
+    def run_cueq_to_e3nn(self, model: nn.Module, **kwargs) -> nn.Module:
+        from mace_peft.train.cuequivariance import copy_trained
+
+        return self.save(copy_trained(model, self.plain))
+
+    def get_params_options(self, args, model: nn.Module) -> dict:
+        """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
+        options = self.original.get_params_options(args, model)
+        left = {id(parameter): parameter for parameter in trainable_parameters(model).values()}
+        for group in options["params"]:
+            group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
+        groups = [group for group in options["params"] if group["params"]]
+        if left:
+            groups.append({"name": "other", "params": list(left.values()), "weight_decay": 0.0})
+        return {**options, "params": groups}
+
+    def ExponentialMovingAverage(self, parameters, **kwargs):
+        return self.original.ExponentialMovingAverage(trainable_parameters(self.model).values(), **kwargs)
+
+    def LBFGS(self, parameters, **kwargs):
+        return self.original.LBFGS(trainable_parameters(self.model).values(), **kwargs)
+
+    def DDP(self, model: nn.Module, **kwargs) -> nn.Module:
+        """DDP waits for the gradient of every parameter that trains: those that a loss does not reach get zeros."""
+        distributed = self.original.DDP(model, **kwargs)
+        distributed.register_forward_hook(reach_all)
+        return distributed
+
+    def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
+        self.checkpoints = AdapterCheckpointHandler(*args, config=self.start.config, options=self.args, **kwargs)
+        self.losses.checkpoints = self.checkpoints.io.of_this_run
+        return self.checkpoints
+
+    def deepcopy(self, value):
+        """A copy; of the trained model, once there are checkpoints to load it from, the one that MACE saves."""
+        if value is not self.model or self.checkpoints is None:
+            return copy.deepcopy(value)
+        return self.save(value) if value is self.plain else value  # run_cueq_to_e3nn comes next, and saves
+
+    def save(self, model: nn.Module) -> nn.Module:
+        """Save the adapter to its directory, and give MACE the model to save: a copy with the updates folded in."""
+        stage = "_stagetwo" if self.checkpoints.stage_two else ""
+        directory = adapter_directory(self.args, stage)
+        with one_line_errors(directory):
+            logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
+        # MACE freezes or frees all parameters for its error tables
+        return fold(freeze(restore_messages(copy.deepcopy(model))))
+
+    def compile(self, model: nn.Module):
+        """MACE hides a model that does not compile: say so."""
+        try:
+            with contract_as_mace():
+                return self.original.jit.compile(model)
+        except Exception as error:
+            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
+            raise
+
+    def save_compiled(self, *args, **kwargs) -> None:
+        """MACE hides a file that cannot be written, too."""
+        try:
+            complete(self.original.save_compiled)(*args, **kwargs)
+        except PeftError as error:
+            logging.error(f"No compiled model is written: {error}")
+            raise

@@ -1,0 +1,176 @@
+"""The ``--peft*`` options of ``mace_run_train``, and the checks made before any data is read."""
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from mace_peft.config import PeftConfig, check_effect
+from mace_peft.errors import PeftError, check_choice
+from mace_peft.methods import METHODS
+
+# Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
+# (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
+OPTIONS = {
+    "peft": f"train adapters instead of the whole model; the method: {', '.join(METHODS)}",
+    "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: the method's)",
+    "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
+    "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
+    "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
+                    "module names (default: the method's)",
+    "peft_gate": "gain of a gate: exp or residual (default: exp)",
+    "peft_init_std": "std of a gate's scalar shift at the start; 0 starts as the foundation (default: 0)",
+    "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
+    "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
+    "peft_fast": "False: the arithmetic of MACE itself, which gives the same numbers in more time (default: True)",
+}
+# options of MACE that cannot go with --peft, and why
+CONFLICTS = {
+    "lora": "it is MACE's own adapter: leave out --lora or --peft",
+    "freeze": "--peft freezes all but the adapters already: leave it out",
+    "les_arguments": "LES keeps the settings of the foundation: leave it out",
+    "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
+}
+# --model values that take the foundation's blocks over: class of the model that MACE makes then
+MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--peft*`` options to MACE's parser, once."""
+    if not any(action.dest == "peft" for action in parser._actions):
+        group = parser.add_argument_group("parameter-efficient fine-tuning (mace-peft)")
+        for name, text in OPTIONS.items():
+            group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
+    return parser
+
+
+def read_settings(args: argparse.Namespace) -> dict | None:
+    """The settings that are given, by their names in PeftConfig, ``adapter`` and ``fast``; None without ``--peft``.
+
+    Raises PeftError for values that cannot be used.
+    """
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
+    if not given:
+        return None
+    if "peft" not in given:
+        name, value = next(iter(given.items()))
+        raise PeftError(f"--{name} {value} has no effect without --peft: add --peft with one of {', '.join(METHODS)}")
+    check_choice("<method>", given["peft"], METHODS)
+    settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
+    check_effect(settings)
+    for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
+        if name in settings and settings[name] != "auto":
+            settings[name] = parse(name, settings[name], number)
+    check_choice("<fast>", str(settings.setdefault("fast", True)), ("True", "False"))
+    settings["fast"] = str(settings["fast"]) == "True"
+    own = {name: value for name, value in settings.items() if name not in ("adapter", "fast")}
+    # those of an adapter to start from are not known yet: a budget is one of rank auto
+    PeftConfig(**({"rank": "auto"} if "adapter" in settings and "budget" in settings else {}) | own)
+    return settings
+
+
+def parse(name: str, text: object, number: type[int] | type[float]):
+    try:
+        return number(str(text))  # int(2.5) is 2, int('2.5') is an error
+    except ValueError:
+        kind = "a whole number or auto" if number is int else "a number"
+        raise PeftError(f"<{name}> {text!r} is not {kind}: use one, such as <{name}> 16") from None
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise PeftError if options of MACE do not go with ``--peft``, or if the adapter could not be saved."""
+    for name, reason in CONFLICTS.items():
+        if getattr(args, name, None):
+            raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
+    if args.device == "xpu":
+        raise PeftError("--device xpu cannot go with --peft: MACE goes on with another model there (ipex.optimize), "
+                        "which would lose the adapters: use cuda or cpu")
+    from mace import data  # as late as this, for a run without --peft
+
+    if args.foundation_model is None:
+        raise PeftError(f"--peft {args.peft} has nothing to adapt: add --foundation_model with a file or a name "
+                        "that MACE knows, such as medium_off")
+    if str(args.E0s).lower() == "estimated" and not hasattr(data, "estimate_e0s_from_foundation"):
+        raise PeftError(f"--E0s {args.E0s} needs mace-torch 0.3.15 or later: upgrade it, or use average")
+    if args.model not in MODELS:
+        raise PeftError(f"--model {args.model} builds a new model instead of the foundation's: leave it out, or use "
+                        f"one of {', '.join(MODELS)}")
+    if "dipole" in args.loss and not (args.model == "PolarMACE" and args.loss == "energy_forces_dipole"):
+        raise PeftError(f"--loss {args.loss} is one of dipoles, and --model {args.model} predicts no dipoles with it: "
+                        "leave it out, or use one of energies and forces, such as weighted")
+    if not args.foundation_filter_elements:
+        raise PeftError("--foundation_filter_elements False leaves the readouts at random values, which --peft would "
+                        "freeze: leave it out")
+    if os.sep in args.name:
+        raise PeftError(f"--name {args.name} has a {os.sep}, and MACE would not find its checkpoints again: give the "
+                        "folder by --work_dir")
+    for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
+                         "log_dir": "logs"}.items():
+        check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
+    for stage in ("", "_stagetwo"):
+        check_free(adapter_directory(args, stage))
+    check_foundation_stays(args)
+
+
+def settle_cueq(args: argparse.Namespace) -> None:
+    """Make ``--only_cueq``, on which MACE does not act with a foundation model, another name of ``--enable_cueq``.
+
+    Raises PeftError if cuEquivariance is asked for and not installed.
+    """
+    for name in ("enable_cueq", "only_cueq"):
+        if getattr(args, name, None):
+            if importlib.util.find_spec("cuequivariance_torch") is None:
+                raise PeftError(f"--{name} True needs cuequivariance-torch, which is not installed: "
+                                "pip install cuequivariance-torch, or leave it out")
+            args.enable_cueq, args.only_cueq = True, False
+
+
+def check_writable(option: str, directory: Path) -> None:
+    """Raise PeftError unless files can be made in the directory, or in what is there of it."""
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise PeftError(f"{option} {directory} cannot be written to ({there}: {error.strerror}): allow it, or give "
+                        "another directory") from None
+
+
+def check_free(directory: Path) -> None:
+    """Raise PeftError if the adapter's directory cannot have this name."""
+    try:
+        taken = directory.exists() and not directory.is_dir()
+    except OSError as error:
+        raise PeftError(f"the adapter cannot go to {directory} ({error.strerror}): give another --name") from None
+    if taken:
+        raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or give "
+                        "this run another --name")
+
+
+def check_foundation_stays(args: argparse.Namespace) -> None:
+    """Raise PeftError if a model that the run writes takes the place of the foundation, which the adapter needs."""
+    foundation = Path(args.foundation_model)
+    stages = ("", "_stagetwo") if args.swa else ("",)
+    for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name)):
+        for path in [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")]:
+            if path.exists() and foundation.exists() and path.samefile(foundation):
+                raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
+                                "adapter needs: give this run another --name")
+
+
+def checkpoints_begin(args: argparse.Namespace) -> Path:
+    """What the paths of the run's checkpoints begin with, before MACE has filled in its folders."""
+    return Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
+
+
+def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
+    """Where a stage of the run ("" or "_stagetwo") saves its adapter: beside ``NAME.model``."""
+    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}_adapter"
+
+
+def stop(error: PeftError) -> NoReturn:
+    """End ``mace_run_train`` with the error in one line, whatever it quotes, and exit code 2."""
+    print(f"mace_run_train: error: {error.on_command_line()}", file=sys.stderr)
+    raise SystemExit(2)

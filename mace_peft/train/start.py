@@ -1,0 +1,134 @@
+"""What a run with ``--peft`` starts from: a foundation model, or one with an adapter that was trained before."""
+
+import argparse
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mace_peft.adapter.load import fill, load_adapter
+from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.config import PeftConfig
+from mace_peft.errors import PeftError
+from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
+from mace_peft.model.inject import check, eject, inject
+from mace_peft.train.options import MODELS
+
+OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each
+
+
+@dataclasses.dataclass
+class Start:
+    """The settings of a run; the name, head and fingerprint of its foundation; and the adapted model to go on from.
+
+    ``adapted`` is None where the adapters are new.
+    """
+
+    config: PeftConfig
+    foundation: dict[str, str | None]
+    adapted: nn.Module | None = None
+
+
+def find_start(args: argparse.Namespace, settings: dict) -> Start:
+    """Load what ``--foundation_model`` and ``--peft_adapter`` name, and check that the settings fit it.
+
+    Raises PeftError if they do not, before any data is read.
+    """
+    settings = dict(settings)
+    directory = settings.pop("adapter", None)
+    model = load_foundation(args.foundation_model, args.default_dtype)
+    check_class(args, model)
+    name = Path(args.foundation_model).name
+    if is_adapted(model):
+        if directory is not None:
+            raise PeftError(f"--foundation_model {args.foundation_model} has an adapter already, and --peft_adapter "
+                            f"{directory} is another: leave one out, or give the foundation")
+        source = dict(origin(model))
+        source["name"] = source["name"] or name
+        if len(model.heads) > 1:
+            source.setdefault("head", args.foundation_head)
+    else:
+        source = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
+        if directory is not None:
+            several = len(model.heads) > 1
+            model = load_adapter(model.to(getattr(torch, args.default_dtype)), directory)
+            trained = origin(model).get("head")
+            if several and trained != args.foundation_head:
+                raise PeftError(f"--foundation_head {args.foundation_head} differs from the head {trained} that the "
+                                f"adapter {directory} was trained from: add --foundation_head {trained}")
+    if not is_adapted(model):
+        config = PeftConfig(**settings)
+        check(model, config)
+        return Start(config, source)
+    config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
+    go_on(eject(copy.deepcopy(model)), config, source, model)
+    return Start(config, source, model)
+
+
+def check_class(args: argparse.Namespace, foundation: nn.Module) -> None:
+    """Raise PeftError if ``--model`` makes a model that lacks parts of the foundation, or has parts that it lacks."""
+    made, held = MODELS[args.model], type(foundation).__name__
+    if made != held:
+        raise PeftError(f"--model {args.model} makes a {made} of foundation model {args.foundation_model}, which is a "
+                        f"{held}: parts of it would be lost, or be random and frozen; use --model {held}")
+
+
+def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
+    """The adapter's settings, with those given that may differ: where adapters go, and what trains along.
+
+    Raises PeftError for another value of one that shapes the adapters.
+    """
+    for name in ("method", "rank", "budget", "alpha", "gate", "init_std"):
+        held = getattr(adapter, name)
+        if name not in given or given[name] == held:
+            continue
+        if name == "budget" and adapter.rank != "auto":
+            raise PeftError(f"<budget> {given[name]} has no effect on the adapter in {source}, which has the rank "
+                            f"{adapter.rank}: leave it out")
+        remedy = "leave it out" if held is None else f"give {held}"
+        raise PeftError(f"<{name}> {given[name]} differs from the {held} of the adapter in {source}: {remedy}, or "
+                        "start from the foundation")
+    if adapter.rank_pattern is not None and given.get("targets", adapter.targets) != adapter.targets:
+        raise PeftError(f"<targets> {given['targets']} differs from the {adapter.targets} that the ranks of the "
+                        f"adapter in {source} were chosen for: leave it out, or start from the foundation")
+    return dataclasses.replace(adapter, **given)
+
+
+def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module | None) -> list[str]:
+    """Inject, and fill the adapters from those of the other model, if any; returns the names of what starts anew.
+
+    Raises PeftError if something of the other model finds no place.
+    """
+    inject(model, config, source)
+    tensors = {} if adapted is None else trainable_parameters(adapted)
+    try:
+        fill(model, tensors)
+    except PeftError as error:
+        elements, known = model.atomic_numbers.tolist(), adapted.atomic_numbers.tolist()
+        if elements == known:
+            raise
+        raise PeftError(f"the run has {symbols(elements)}, and adapters that it starts from hold something for each of "
+                        f"{symbols(known)}: add --atomic_numbers=\"{known}\", and E0s for them") from error
+    return [name for name in trainable_parameters(model) if name not in tensors]
+
+
+def check_elements(elements: list[int], model: nn.Module) -> None:
+    """Raise PeftError if the run has elements (atomic numbers) that the foundation or the adapter has never seen."""
+    known = model.atomic_numbers.tolist()
+    new = set(elements) - set(known)
+    if new and is_adapted(model):
+        raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
+                        f"{symbols(known)}): start from the foundation")
+    if new:
+        raise PeftError(f"the run has {symbols(new)}, which the foundation does not know: leave out what has these "
+                        "elements, or give another foundation model")
+
+
+def check_heads(heads: list[str], adapted: nn.Module) -> None:
+    """Raise PeftError if what was trained for each head would go to other heads."""
+    trained = [name for name in trainable_parameters(adapted) if name.startswith(OF_HEADS)]
+    if trained and len(adapted.heads) > 1 and heads != list(adapted.heads):
+        raise PeftError(f"the run has the heads {', '.join(heads)}, and the adapter that it starts from trained "
+                        f"{trained[0]} for {', '.join(adapted.heads)}: name the heads so, in this order")
