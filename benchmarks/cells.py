@@ -22,41 +22,38 @@ METHODS: dict[str, dict] = {
     "MACE LoRA": {"lora": "True", "lora_rank": 16},
     **{f"{method} {placement}": {"peft": method, "peft_targets": placement}
        for placement in PLACEMENTS for method in ("elora", "mmea")},
-    "mmea all": {"peft": "mmea", "peft_targets": "all"},
-    "static all": {"peft": "mmea", "peft_targets": "all", "peft_gate": "static"},
-    "small": {"peft": "small"},
+    **{method: {"peft": method} for method in ("gates", "scales", "small")},
 }
-# around gains and updates of few parameters, one change at a time
-EVERYWHERE = {"peft": "elora", "peft_targets": "all", "peft_gate": "static"}
+# around scales and updates of few parameters, one change at a time
+EVERYWHERE = {"peft": "elora+scales", "peft_targets": "all"}
 CHOSEN = {"peft_rank": "auto", "peft_budget": "5%"}
 LINEARS = "atomic_energies_fn,node_embedding.*,interactions.*.linear*,products.*.linear,readouts.*"
 BESIDE = {"contractions": "products.*.symmetric_contractions", "elements": "interactions.*.skip_tp",
           "radial": "interactions.*.conv_tp_weights"}
 SMALL: dict[str, dict] = {
-    "static all but E0s": {**METHODS["static all"],
-                           "peft_targets": "node_embedding,interactions.*,products.*,readouts.*"},
-    "static all": METHODS["static all"],
-    "static all + readouts": {**METHODS["static all"], "peft_train_also": "readouts.*"},
-    "static all + rank 1": {**EVERYWHERE, "peft_rank": 1},
-    "static all + rank 2": {**EVERYWHERE, "peft_rank": 2},
-    "static all + chosen ranks": {**EVERYWHERE, **CHOSEN},
-    "static all + chosen ranks + readouts": {**EVERYWHERE, **CHOSEN, "peft_train_also": "readouts.*"},
+    "scales but E0s": {"peft": "scales", "peft_targets": "node_embedding,interactions.*,products.*,readouts.*"},
+    "scales": METHODS["scales"],
+    "scales + readouts": {**METHODS["scales"], "peft_train_also": "readouts.*"},
+    "scales + rank 1": {**EVERYWHERE, "peft_rank": 1},
+    "scales + rank 2": {**EVERYWHERE, "peft_rank": 2},
+    "scales + chosen ranks": {**EVERYWHERE, **CHOSEN},
+    "scales + chosen ranks + readouts": {**EVERYWHERE, **CHOSEN, "peft_train_also": "readouts.*"},
     "all + chosen ranks": {"peft": "elora", "peft_targets": "all", **CHOSEN},
-    "static linears + rank 4": {**EVERYWHERE, "peft_targets": "linears", "peft_rank": 4},
-    **{f"static linears and {more} + chosen ranks": {**EVERYWHERE, **CHOSEN, "peft_targets": f"{LINEARS},{modules}"}
+    "scales linears + rank 4": {**EVERYWHERE, "peft_targets": "linears", "peft_rank": 4},
+    **{f"scales linears and {more} + chosen ranks": {**EVERYWHERE, **CHOSEN, "peft_targets": f"{LINEARS},{modules}"}
        for more, modules in BESIDE.items()},
     "linears + chosen ranks": {"peft": "elora", "peft_targets": "linears", **CHOSEN},
-    "small": METHODS["small"],  # static linears + chosen ranks
+    "small": METHODS["small"],  # scales linears + chosen ranks
     "small of 2%": {**METHODS["small"], "peft_budget": "2%"},
 }
 COMPARED = tuple(METHODS)
 TRAINED = COMPARED[1:]
 ABLATED = tuple(f"mmea products, {kind}" for kind in ("static", "shared", "scalars"))  # see train.py
 MESSAGES: dict[str, dict] = {
-    "mmea all": METHODS["mmea all"],  # gates of messages see the atom that receives
-    "mmea all, senders": METHODS["mmea all"],  # see train.py
-    "mmea all but messages": {
-        "peft": "mmea",
+    "gates": METHODS["gates"],  # gates of messages see the atom that receives
+    "gates, senders": METHODS["gates"],  # see train.py
+    "gates but messages": {
+        "peft": "gates",
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
 }
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
@@ -119,8 +116,7 @@ class Cell:
             **self.rank_options(method)}
 
     def rank_options(self, method: dict) -> dict:
-        peft = method.get("peft")
-        if peft in (None, "small") or "peft_rank" in method or (peft == "mmea" and "peft_gate" in method):
+        if method.get("peft") in (None, "scales", "small") or "peft_rank" in method:
             return {}
         return {"peft_rank": self.rank} if self.budget is None else {"peft_rank": "auto", "peft_budget": self.budget}
 
@@ -153,13 +149,13 @@ def learning_rates(results: dict[str, dict]) -> dict[str, float]:
 
 
 def small(results: dict[str, dict], _) -> Iterator[Cell]:
-    """What static gains everywhere gain from a little more: on the validation set, as in the sweep."""
+    """What scales everywhere gain from a little more: on the validation set, as in the sweep."""
     for method, lr in itertools.product(SMALL, LADDER[2:5]):
         yield Cell("ethanol", method, lr, epochs=SWEPT)
 
 
 def messages(results: dict[str, dict], _) -> Iterator[Cell]:
-    """MMEA's gates of messages, driven by either atom, or none: on the validation set, as in the sweep."""
+    """Gates of messages, driven by either atom, or none: on the validation set, as in the sweep."""
     for method, lr in itertools.product(MESSAGES, FIRST):
         yield Cell("ethanol", method, lr, epochs=SWEPT)
 

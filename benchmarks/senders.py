@@ -3,29 +3,23 @@
 In a module of its own, as models that are saved with it name it.
 """
 
-from __future__ import annotations
+from torch import Tensor
 
-import mace  # noqa: F401  before e3nn, see mace_peft.methods
-import torch
-from e3nn import o3
-
-from mace_peft import PeftConfig
-from mace_peft.blocks.e3nn import Adapted, renamed
-from mace_peft.methods import MMEA
+from mace_peft.blocks.adapted import Adapted
+from mace_peft.blocks.operation import Gated, Operation
+from mace_peft.e3nn import o3
 
 
-class GatedBySenders(Adapted, o3.TensorProduct):
+class GatedBySenders(Adapted):
     """Convolution whose weights, one for each path and channel of a message, take the gate as channels of 0o would."""
 
-    plain_forward = renamed(o3.TensorProduct.forward, "plain_forward")
-
-    @staticmethod
-    def make_adapter(block: o3.TensorProduct, config: PeftConfig) -> MMEA:
-        return MMEA(block.irreps_in1, f"{block.weight_numel}x0o", config.rank, config.gate)
-
-    @staticmethod
-    def largest_rank(block: o3.TensorProduct) -> int:
-        return block.irreps_in1.count("0e")
-
-    def forward(self, x, y, weight: torch.Tensor):
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         return self.plain_forward(x, y, self.adapter(x, weight))
+
+
+def weight_gates(block: o3.TensorProduct) -> Gated:
+    return {"output": (block.irreps_in1, o3.Irreps(f"{block.weight_numel}x0o"))}
+
+
+# no convolution by its role: the gates of one go to the layer that takes its messages
+BY_SENDERS = Operation("tensor product", gates=weight_gates, gated=GatedBySenders)

@@ -11,15 +11,14 @@ for every channel. senders: gates of messages see the scalars of the atom that s
 
 import sys
 
-import mace  # noqa: F401  before e3nn, see mace_peft.methods
 import torch
-from e3nn import o3
-from senders import GatedBySenders
+from senders import BY_SENDERS
 
 from mace_peft import run_train
-from mace_peft.blocks.e3nn import GATED_PRODUCTS
+from mace_peft.blocks.mace import OPERATIONS
+from mace_peft.e3nn import o3
 from mace_peft.fast.contraction import contract_by_element
-from mace_peft.methods.mmea import MMEA
+from mace_peft.methods import MMEA
 
 
 def hold(gradient: torch.Tensor) -> torch.Tensor:
@@ -59,7 +58,7 @@ def main() -> None:
 
     MMEA.__init__ = __init__
     if kind == "senders":
-        GATED_PRODUCTS[o3.TensorProduct] = GatedBySenders
+        OPERATIONS[o3.TensorProduct] = BY_SENDERS
     with contract_by_element():
         run_train.main()
 

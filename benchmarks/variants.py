@@ -17,11 +17,12 @@ from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, inject, merge, trainable_parameters
 from mace_peft.fast.backward import backward_to
-from mace_peft.train.checkpoints import checkpoint_of
 from mace_peft.fast.contraction import contract_by_element
-from mace_peft.model.inject import fold
 from mace_peft.fast.tensor_product import split_messages
+from mace_peft.model.inject import fold
 from mace_peft.model.targets import find_targets
+from mace_peft.patching import replaced
+from mace_peft.train.checkpoints import checkpoint_of
 
 RANK = 16
 PLACEMENTS = ("products", "linears", "published")
@@ -47,10 +48,11 @@ class Trainee:
         self.optimizer = torch.optim.Adam(groups, lr=1e-5, amsgrad=True)
         self.ema = ExponentialMovingAverage(self.averaged, decay=0.99)
         self.loss = modules.WeightedEnergyForcesLoss(energy_weight=1.0, forces_weight=100.0)
+        self.backward = backward_to(lambda: self.trained)
 
     def step(self, batch) -> float:
         """One step of MACE's training; returns its loss."""
-        with (backward_to(lambda: self.trained) if self.restricted else contextlib.nullcontext(),
+        with (replaced(torch.Tensor, "backward", self.backward) if self.restricted else contextlib.nullcontext(),
               contract_by_element() if self.by_element else contextlib.nullcontext()):
             loss, _ = take_step(
                 model=self.model, loss_fn=self.loss, batch=batch, optimizer=self.optimizer, ema=self.ema,

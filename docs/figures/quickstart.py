@@ -17,8 +17,9 @@ import ase.io
 import torch
 
 from mace_peft import load_adapter
-from mace_peft.inspect.gains import gain_statistics, update_spectra
 from mace_peft.inspect.figures import draw_gains, draw_updates
+from mace_peft.inspect.gains import gain_statistics
+from mace_peft.inspect.spectra import update_spectra
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "quickstart"
