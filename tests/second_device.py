@@ -70,6 +70,8 @@ class Functions(TorchFunctionMode):
             return device_of(args[0])
         if name == "cpu":
             return move(args[0], CPU)
+        if name == "pin_memory":  # of the CPU's memory, in which all is
+            return args[0]
         if name == "numpy" and device_of(args[0]) == CUDA:
             raise TypeError("a tensor on CUDA has no numpy array")
         if name == "to":
@@ -96,6 +98,10 @@ def full(device) -> torch.device:
     return CUDA if torch.device(device).type == "cuda" else CPU
 
 
+def no_accelerator(check_available: bool = False) -> None:
+    """The compiled one has no driver here, and what is stood in for has to do without its streams."""
+
+
 @contextlib.contextmanager
 def second_device():
     """``cuda`` is there meanwhile, for code of this process."""
@@ -110,8 +116,11 @@ def second_device():
         return load(f, map_location=locate if there else map_location, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for name, value in {"is_available": True, "device_count": 1, "current_device": 0, "init": None}.items():
+        for name, value in {"is_available": True, "device_count": 1, "current_device": 0, "init": None,
+                            "is_current_stream_capturing": False}.items():
             stack.enter_context(unittest.mock.patch.object(torch.cuda, name, lambda value=value: value))
+        if hasattr(torch, "accelerator"):  # of which a build for CUDA asks for pinned memory and streams
+            stack.enter_context(unittest.mock.patch.object(torch.accelerator, "current_accelerator", no_accelerator))
         stack.enter_context(unittest.mock.patch.object(torch, "load", load_there))
         stack.callback(marked.clear)
         stack.callback(unmarked_gradients.clear)

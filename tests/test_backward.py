@@ -122,10 +122,17 @@ def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkey
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_code_has_neither_slices_nor_joins_of_torch():
+def test_the_code_has_neither_slices_nor_joins_of_torch(monkeypatch):
     """All is replaced in what MACE is made of; a cut that is none of them stays."""
-    product = split_messages(tiny_mace()).interactions[1].conv_tp
-    code = split_code(product.recipe()).code
+    used = []
+
+    def noted(*recipe):
+        used.append(split_code(*recipe))
+        return used[-1]
+
+    monkeypatch.setattr("mace_peft.fast.tensor_product.split_code", noted)
+    predict(split_messages(tiny_mace()), configurations(1))
+    code = used[1].code  # of the second interaction, which has all kinds of inputs
     assert code.count(".split(") == 3 and code.count("join(") == 1
     assert "[(slice(None" not in code and "torch.cat(" not in code
 

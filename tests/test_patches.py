@@ -63,8 +63,9 @@ def test_the_patched_command_finds_the_plugin(run_train, tmp_path):
 def test_the_patched_command_fine_tunes_with_the_hook_off(run_train, tmp_path):
     apply(PROGRAMS[-1], run_train)
     folder = write_inputs(tmp_path / "run")
-    argv = arguments(folder, peft="mmea", peft_rank=2, max_num_epochs=1)
+    argv = arguments(folder, peft="mmea", peft_rank=2, peft_targets="products", max_num_epochs=1)
     done = subprocess.run([sys.executable, "-S", run_train, *argv], cwd=folder, capture_output=True, text=True,
                           env=environment(PYTHONPATH=os.pathsep.join(sys.path)), timeout=600)
     assert done.returncode == 0, done.stderr
-    assert Run(folder).adapter_tensors() and Run(folder).model().peft_config == PeftConfig("mmea", rank=2)
+    config = PeftConfig("mmea", rank=2, targets="products")
+    assert Run(folder).adapter_tensors() and Run(folder).model().peft_config == config

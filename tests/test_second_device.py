@@ -10,10 +10,10 @@ import mace_peft
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = {
-    "products": {"peft": "mmea", "peft_rank": 2},
+    "products": {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"},
     "published": {"peft": "mmea", "peft_rank": 2, "peft_targets": "published"},
-    "all": {"peft": "mmea", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*"},
-    "gains": {"peft": "mmea", "peft_gate": "static", "peft_targets": "all"},
+    "all": {"peft": "gates", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*"},
+    "scales": {"peft": "scales", "peft_targets": "all"},
     "small": {"peft": "small", "peft_budget": "20%"},
 }
 
@@ -26,6 +26,7 @@ def test_what_mixes_devices_fails():
             there + here
         with pytest.raises(TypeError):
             there.numpy()
+        assert here.pin_memory().device == CPU
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -49,4 +50,5 @@ def test_a_run_goes_on_and_its_adapter_loads(tmp_path, options):
 def test_a_run_on_cuequivariance(tmp_path):
     write_inputs(tmp_path, foundation=tiny_mace(max_ell=1))
     with second_device():
-        train_here(tmp_path, device="cuda", peft="elora", peft_rank=2, enable_cueq=True, max_num_epochs=1)
+        train_here(tmp_path, device="cuda", peft="elora", peft_rank=2, peft_targets="products", enable_cueq=True,
+                   max_num_epochs=1)

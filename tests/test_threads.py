@@ -55,10 +55,13 @@ def test_predictions_in_threads_are_right(method):
 
     def work():
         own = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
-        for _ in range(PREDICTIONS):
-            output = model(dict(own), training=False, compute_force=True)
-            if not torch.allclose(output["energy"], energy, rtol=0, atol=1e-10) or not torch.allclose(
-                    output["forces"], forces, rtol=0, atol=1e-10):
+        for number in range(PREDICTIONS):
+            with_forces = number % 10 == 0  # they take most of the time
+            output = model(dict(own), training=False, compute_force=with_forces)
+            right = torch.allclose(output["energy"], energy, rtol=0, atol=1e-10)
+            if with_forces:
+                right = right and torch.allclose(output["forces"], forces, rtol=0, atol=1e-10)
+            if not right:
                 far.append(output)
 
     in_threads(work)

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import functools
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 
 import ase.io
 import numpy as np
@@ -64,7 +66,7 @@ class Case:
     @property
     def merges(self) -> bool:
         """Whether NAME.model is a plain MACE model."""
-        return self.config.method != "mmea"
+        return not self.config.row.has_gates
 
 
 ESTIMATED = "estimated" if hasattr(data, "estimate_e0s_from_foundation") else "average"  # mace-torch 0.3.15 and later
@@ -89,7 +91,7 @@ CASES = {
         FEWER_ELEMENTS, {"peft": "scales", "peft_targets": "all"}, ("--swa",),
         {"start_swa": 1, "E0s": E0S[FEWER_ELEMENTS]},
     ),
-    "mmea-all": Case(MOLECULE, {"peft": "mmea", "peft_rank": 2, "peft_targets": "all"}),
+    "gates-all": Case(MOLECULE, {"peft": "gates", "peft_rank": 2, "peft_targets": "all"}),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -365,6 +367,19 @@ def test_gradient_clipping_sees_no_frozen_parameter(inputs, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_note)
     run = train_here(inputs, peft="elora", peft_rank=2, peft_targets="products")
     assert seen == [shapes(run.adapter_tensors().values())] * 4
+
+
+def test_a_run_leaves_model_and_data_to_nobody(inputs):
+    """They are free at once, not at some garbage collection: the memory of a GPU, and files that are open once."""
+    gc.disable()
+    try:
+        given = reach_training(inputs, peft="mmea", peft_rank=2)
+        held = [weakref.ref(given[name]) for name in ("model", "optimizer", "train_loader")]
+        held += map(weakref.ref, given.pop("valid_loaders").values())
+        del given
+        assert not any(one() for one in held)
+    finally:
+        gc.enable()
 
 
 # --- settings reach the model -----------------------------------------------------------------------------------------
