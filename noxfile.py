@@ -9,7 +9,7 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
-OLDEST_TORCH = "2.1.2"
+OLDEST_TORCH = "2.3.1"
 RELEASES = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")
 
 
