@@ -56,7 +56,8 @@ class PeftConfig:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 self.settle(name, value)
-        check_patterns("<targets>", self.targets, "module", "such as 'interactions.*.linear', or a placement")
+        check_patterns("<targets>", self.targets, "module", "such as 'interactions.*.linear', or a placement such as "
+                       "published")
         if self.train_also is not None:
             check_patterns("<train_also>", self.train_also, "parameter", "such as 'readouts.*', or leave it out")
         if self.row.has_gates:
