@@ -3,14 +3,17 @@
 import torch
 
 from mace_peft import PeftConfig
-from mace_peft.backbones.mace import Mace
 from mace_peft.blocks.adapted import put_in
-from mace_peft.model.targets import Target, target_of
+from mace_peft.blocks.mace import OPERATIONS
+from mace_peft.blocks.operation import operation_of
+from mace_peft.methods import METHODS
+from mace_peft.model.targets import Target
 
 
 def target(block: torch.nn.Module, method: str) -> Target:
     """What the method makes of the block."""
-    return target_of(block, PeftConfig(method), Mace())
+    operation = operation_of(block, OPERATIONS)
+    return Target(operation, METHODS[method].adapters[operation.role])
 
 
 def adapt(block: torch.nn.Module, method: str, **settings) -> torch.nn.Module:

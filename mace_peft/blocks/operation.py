@@ -1,5 +1,6 @@
 """What an operation is to the methods: its role, its weights as data, and what a gate may act on."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -28,10 +29,6 @@ class Operation(NamedTuple):
     gates: Callable[[nn.Module], Gated] | None = None
     gated: type[Adapted] | None = None
 
-    @property
-    def is_composite(self) -> bool:
-        return self.parts is None and self.gates is None
-
 
 Operations = dict[type[nn.Module], Operation]
 
@@ -43,7 +40,4 @@ def operation_of(module: nn.Module, operations: Operations) -> Operation | None:
 
 def starts(sizes: Iterable[int]) -> list[int]:
     """Where each of the stretches begins that lie one after the other."""
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    return ends[:-1]
+    return list(itertools.accumulate(sizes, initial=0))[:-1]

@@ -65,12 +65,12 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     finds nothing to adapt in this model.
     """
     backbone = backbone_of(model)
-    modules = {name: module for name, module in model.named_modules() if name}
-    adaptable = {name: target for name, module in modules.items() if (target := target_of(module, config, backbone))}
+    operations = {name: operation_of(module, backbone.operations) for name, module in model.named_modules() if name}
+    adaptable = {name: Target(operation, config.row.adapters[operation.role]) for name, operation in operations.items()
+                 if operation and operation.role in config.row.adapters}
     if config.targets in backbone.placements:
         roles = backbone.placements[config.targets]
-        wanted = [name for name, module in modules.items()
-                  if (operation := operation_of(module, backbone.operations)) and operation.role in roles]
+        wanted = [name for name, operation in operations.items() if operation and operation.role in roles]
         found = adaptable_inside(model, adaptable, wanted)
         found_roles = {adaptable[name].operation.role for name in found}
         if not found_roles - {"energies"}:
@@ -84,20 +84,13 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     else:
         found = set()
         for pattern in split_patterns(config.targets):
-            matched = adaptable_inside(model, adaptable, [name for name in modules if fnmatchcase(name, pattern)])
+            matched = adaptable_inside(model, adaptable, [name for name in operations if fnmatchcase(name, pattern)])
             if not matched:
                 raise PeftError(no_match(model, pattern, config, backbone, list(adaptable)))
             found |= matched
     targets = gate_where_received(model, {name: adaptable[name] for name in found}, backbone)
-    targets = {name: targets[name] for name in modules if name in targets}
+    targets = {name: targets[name] for name in operations if name in targets}
     return targets if config.rank_pattern is None else with_chosen_ranks(targets, config)
-
-
-def target_of(module: nn.Module, config: PeftConfig, backbone: Backbone) -> Target | None:
-    """What the method makes of the module, if anything."""
-    operation = operation_of(module, backbone.operations)
-    adapter = operation and config.row.adapters.get(operation.role)
-    return Target(operation, adapter) if adapter else None
 
 
 def with_chosen_ranks(targets: dict[str, Target], config: PeftConfig) -> dict[str, Target]:
@@ -106,25 +99,24 @@ def with_chosen_ranks(targets: dict[str, Target], config: PeftConfig) -> dict[st
     unknown = sorted(ranks.keys() - targets.keys())
     if unknown:
         raise PeftError(f"a rank was chosen for {unknown[0]}, which is no target in this model: choose the ranks anew")
-    for name, target in list(targets.items()):
-        if name not in ranks and "rank" in target.adapter.settings:
-            if target.adapter.without_rank is None:
-                del targets[name]
-            else:
-                targets[name] = target._replace(adapter=target.adapter.without_rank)
-    return targets
+    chosen = {}
+    for name, target in targets.items():
+        ranked = name in ranks or "rank" not in target.adapter.settings
+        adapter = target.adapter if ranked else target.adapter.without_rank
+        if adapter is not None:
+            chosen[name] = target._replace(adapter=adapter)
+    return chosen
 
 
-def gate_where_received(model: nn.Module, found: dict[str, Target], backbone: Backbone) -> dict[str, Target]:
+def gate_where_received(model: nn.Module, targets: dict[str, Target], backbone: Backbone) -> dict[str, Target]:
     """Where a convolution is to be gated, its gate goes to the linear layer that takes the messages."""
     receivers = backbone.receivers(model)
-    convolutions = {name: target for name, target in found.items() if target.operation.role == "convolution"}
-    unknown = [name for name in convolutions if name not in receivers]
-    if unknown:
-        raise PeftError(f"gates go to the linear layer that takes the messages of a convolution, and of {unknown[0]} "
-                        f"in this {type(model).__name__} it is not known: choose <targets> without it")
-    others = {name: target for name, target in found.items() if name not in convolutions}
-    return others | {receivers[name]: target for name, target in convolutions.items()}
+    for name in [name for name, target in targets.items() if target.operation.role == "convolution"]:
+        if name not in receivers:
+            raise PeftError(f"gates go to the linear layer that takes the messages of a convolution, and of {name} in "
+                            f"this {type(model).__name__} it is not known: choose <targets> without it")
+        targets[receivers[name]] = targets.pop(name)
+    return targets
 
 
 def adaptable_inside(model: nn.Module, adaptable: dict[str, Target], wanted: list[str]) -> set[str]:
@@ -161,7 +153,7 @@ def unit(model: nn.Module, name: str) -> str:
     for end in range(1, len(parts)):
         prefix = ".".join(parts[:end])
         operation = operation_of(model.get_submodule(prefix), operations)
-        if operation is not None and operation.is_composite:
+        if operation is not None and operation.parts is None and operation.gates is None:
             return prefix
     return name
 
