@@ -11,13 +11,14 @@ from collections.abc import Callable
 import torch
 from mace import modules
 from mace.modules.lora import inject_LoRAs
+from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
 from torch import nn
 from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, inject, merge, trainable_parameters
 from mace_peft.fast.backward import backward_to
-from mace_peft.fast.contraction import contract_by_element
+from mace_peft.fast.contraction import by_element
 from mace_peft.fast.tensor_product import split_messages
 from mace_peft.model.inject import fold
 from mace_peft.model.targets import find_targets
@@ -53,7 +54,7 @@ class Trainee:
     def step(self, batch) -> float:
         """One step of MACE's training; returns its loss."""
         with (replaced(torch.Tensor, "backward", self.backward) if self.restricted else contextlib.nullcontext(),
-              contract_by_element() if self.by_element else contextlib.nullcontext()):
+              replaced(Contraction, "forward", by_element) if self.by_element else contextlib.nullcontext()):
             loss, _ = take_step(
                 model=self.model, loss_fn=self.loss, batch=batch, optimizer=self.optimizer, ema=self.ema,
                 output_args={"forces": True, "virials": False, "stress": False}, max_grad_norm=10.0,

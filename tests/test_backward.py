@@ -20,15 +20,8 @@ from torch_ema import ExponentialMovingAverage
 from mace_peft import PeftConfig, inject, trainable_parameters
 from mace_peft.fast import contraction as contractions
 from mace_peft.fast.backward import backward_to
-from mace_peft.fast.contraction import contract_by_element
-from mace_peft.fast.tensor_product import (
-    SplitProduct,
-    cut_by_split,
-    is_cut,
-    restore_messages,
-    split_code,
-    split_messages,
-)
+from mace_peft.fast.contraction import by_element
+from mace_peft.fast.tensor_product import SplitProduct, cut_by_split, is_cut, split_code, split_messages
 from mace_peft.patching import replaced
 
 STEPS = 20
@@ -46,7 +39,7 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
     with contextlib.ExitStack() as stack:
         if cheap:
             stack.enter_context(replaced(torch.Tensor, "backward", backward_to(lambda: list(learnt.values()))))
-            stack.enter_context(contract_by_element())
+            stack.enter_context(replaced(Contraction, "forward", by_element))
         for _ in range(STEPS):
             loss, _ = take_step(
                 model=model, loss_fn=WeightedEnergyForcesLoss(1.0, 100.0), batch=structures, optimizer=optimizer,
@@ -111,7 +104,7 @@ def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkey
         raise RuntimeError
 
     expected = results()
-    with contract_by_element():
+    with replaced(Contraction, "forward", by_element):
         if correlation < 4:
             monkeypatch.setattr(contractions, "OF_MACE", forbidden)
         assert_close(results(), expected)
@@ -157,6 +150,6 @@ def test_what_is_restored_is_as_before():
     model = tiny_mace()
     before = copy.deepcopy(model)
     assert split_messages(model).state_dict().keys() == before.state_dict().keys()
-    restored = restore_messages(copy.deepcopy(model))
+    restored = split_messages(copy.deepcopy(model), split=False)
     assert [type(module).__name__ for module in restored.modules()] == [type(m).__name__ for m in before.modules()]
     assert_equal(predict(restored, configurations(2)), predict(before, configurations(2)))

@@ -22,13 +22,8 @@ OF_MACE = Contraction.forward
 FEW = 4  # atoms of an element: with fewer, MACE's way is as fast, and keeps less for the backward pass
 
 
-def contract_by_element() -> AbstractContextManager[None]:
-    """Contractions on a CPU are computed as above, for a while."""
-    return replaced(Contraction, "forward", by_element)
-
-
 def contract_as_mace() -> AbstractContextManager[None]:
-    """Within it, as MACE does: TorchScript compiles nothing else."""
+    """Contractions are MACE's own for a while: TorchScript compiles nothing else."""
     return replaced(Contraction, "forward", OF_MACE)
 
 

@@ -27,19 +27,14 @@ class SplitProduct(o3.TensorProduct):
         return functional_call(code, constants, (x, y, self._get_weights(weight)))
 
 
-def split_messages(model: nn.Module) -> nn.Module:
-    """Give the messages of the model the cheaper product. Those of accelerated backends stay. Returns the model."""
-    for module in model.modules():
-        if type(module) is o3.TensorProduct:
-            module.__class__ = SplitProduct
-    return model
+def split_messages(model: nn.Module, split: bool = True) -> nn.Module:
+    """Give the messages of the model the cheaper product, or e3nn's own again. Returns the model.
 
-
-def restore_messages(model: nn.Module) -> nn.Module:
-    """Give them e3nn's own product again. Returns the model."""
+    Those of accelerated backends stay.
+    """
     for module in model.modules():
-        if type(module) is SplitProduct:
-            module.__class__ = o3.TensorProduct
+        if type(module) in (o3.TensorProduct, SplitProduct):
+            module.__class__ = SplitProduct if split else o3.TensorProduct
     return model
 
 
@@ -81,9 +76,7 @@ def cut_by_split(graph: fx.Graph, cuts: list[fx.Node]) -> None:
 
 def width(node: fx.Node) -> int | None:
     """Columns of ``tensor.reshape(-1, columns)``."""
-    shape = node.args[1:] if node.target == "reshape" else ()
-    shape = shape[0] if len(shape) == 1 else shape
-    return shape[1] if len(shape) == 2 else None
+    return node.args[2] if node.target == "reshape" and len(node.args) == 3 else None
 
 
 class Join(torch.autograd.Function):

@@ -13,7 +13,7 @@ from mace_peft.backbones.foundation import first_E0s, given_E0s, put_E0s_right, 
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element, contract_as_mace
-from mace_peft.fast.tensor_product import restore_messages, split_messages
+from mace_peft.fast.tensor_product import split_messages
 from mace_peft.files import complete, one_line_errors
 from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, fold, freeze, trainability_kept
@@ -205,7 +205,7 @@ class FineTune:
         with one_line_errors(directory):
             logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
         # MACE freezes or frees all parameters for its error tables
-        return fold(freeze(restore_messages(copy.deepcopy(model))))
+        return fold(freeze(split_messages(copy.deepcopy(model), split=False)))
 
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
