@@ -5,7 +5,6 @@ under the same names. So what trains is the same on both. Import this module onl
 """
 
 import copy
-import itertools
 
 import cuequivariance as cue
 import cuequivariance_torch as cuet
@@ -110,11 +109,10 @@ def carry_contraction(adapter: nn.Module, index: int, plain: nn.Module, target: 
     Raises PeftError if MACE joins the weights in another way than is known here.
     """
     joined = [joined_weights(contraction, target) for contraction in plain.contractions]
-    ends = list(itertools.accumulate(sum(shape[1] for shape in weights.values()) for weights in joined))
-    path_map = path_map_of(plain, target, ends[-1]).to(target.weight)
-    holders = [CueContraction(None, weights, path_map[end - sum(shape[1] for shape in weights.values()):end],
-                              {name: contraction.get_parameter(name) for name in weights})
-               for contraction, weights, end in zip(plain.contractions, joined, ends, strict=True)]
+    paths = [sum(shape[1] for shape in weights.values()) for weights in joined]
+    path_maps = path_map_of(plain, target, sum(paths)).to(target.weight).split(paths)
+    holders = [CueContraction(None, weights, path_map, {name: contraction.get_parameter(name) for name in weights})
+               for contraction, weights, path_map in zip(plain.contractions, joined, path_maps, strict=True)]
     known = sum(holder.mapped(dict(contraction.named_parameters()))
                 for holder, contraction in zip(holders, plain.contractions, strict=True))
     if not torch.allclose(known, target.weight, rtol=1e-4, atol=1e-6):

@@ -11,8 +11,6 @@ from mace_peft.e3nn import RadialLayer, o3
 from mace_peft.e3nn import nn as e3nn_nn
 from mace_peft.methods import Part
 
-# --- their weights ----------------------------------------------------------------------------------------------------
-
 
 def linear_parts(block: o3.Linear) -> list[Part]:
     """A matrix for each irrep, over all its blocks: a list with repeats such as 8x0e+8x0e is one irrep, 16 channels."""
@@ -34,7 +32,7 @@ def linear_parts(block: o3.Linear) -> list[Part]:
 
 def channels_within_irrep(irreps: o3.Irreps) -> list[int]:
     """Where each block's channels begin among all channels of its irrep."""
-    return [sum(mul for mul, ir in irreps[:i] if ir == irreps[i].ir) for i in range(len(irreps))]
+    return [irreps[:i].count(ir) for i, (_, ir) in enumerate(irreps)]
 
 
 def tensor_product_parts(block: o3.FullyConnectedTensorProduct) -> list[Part]:
@@ -63,9 +61,6 @@ def dense_parts(block: nn.Linear) -> list[Part]:
     """The same of torch's layer, which stores its weight as (columns, rows)."""
     bias = [] if block.bias is None else [Part("bias", 0, (1, 1, 1, block.out_features))]
     return [Part("weight", 0, (block.in_features, 1, 1, block.out_features), "weight", transposed=True), *bias]
-
-
-# --- their gates ------------------------------------------------------------------------------------------------------
 
 
 class GatedLinear(Adapted):
