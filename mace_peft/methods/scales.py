@@ -45,6 +45,7 @@ class ScaledLowRank(Adapter):
 
     kind = "gains and low-rank update"
     settings = LowRank.settings
+    largest_rank = LowRank.largest_rank
     without_rank = Scales
 
     def __init__(self, parts: Sequence[Part], weights: dict[str, Tensor], **settings):
@@ -53,10 +54,6 @@ class ScaledLowRank(Adapter):
 
     def forward(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.scales(weights | self.low_rank(weights))
-
-    @classmethod
-    def largest_rank(cls, parts: Sequence[Part]) -> int:
-        return LowRank.largest_rank(parts)
 
     def low_rank_updates(self, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         return self.low_rank.low_rank_updates(weights)
