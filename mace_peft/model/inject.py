@@ -86,10 +86,9 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
 
 
 def check_rank(model: nn.Module, targets: dict[str, Target], config: PeftConfig) -> None:
-    ranked = targets if config.rank != "auto" else dict(config.rank_pattern or ())
-    largest = {name: targets[name].largest_rank(model.get_submodule(name)) for name in ranked}
+    largest = {name: target.largest_rank(model.get_submodule(name)) for name, target in targets.items()}
     if config.rank == "auto":
-        for name, rank in ranked.items():
+        for name, rank in config.rank_pattern or ():
             if rank > largest[name]:
                 raise PeftError(f"rank_pattern {name} {rank} is more than that module can use: the largest useful rank "
                                 f"there is {largest[name]}")

@@ -60,10 +60,7 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     if not any(any(candidate.gains) for candidate in candidates.values()):
         raise PeftError(f"<rank> auto finds nothing in <targets> {config.targets!r} that the training set "
                         "would change by an update of low rank: choose other targets, or check the labels")
-    while True:
-        affordable = [c for c in candidates.values() if c.worth > 0 and spent + c.cost <= budget]
-        if not affordable:
-            break
+    while affordable := [c for c in candidates.values() if c.worth > 0 and spent + c.cost <= budget]:
         best = max(affordable, key=lambda candidate: candidate.worth)
         spent += best.cost
         best.rank += 1
@@ -71,10 +68,9 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
         least = spent + min(candidate.first for candidate in candidates.values() if any(candidate.gains))
         raise PeftError(f"<budget> {config.budget} is {budget:,} of the base's {base:,} parameters, and the "
                         f"smallest adapter takes {least:,}: give more, or other <targets>")
-    ranks = {name: candidate.rank for name, candidate in candidates.items() if candidate.rank}
     logging.info(f"Ranks chosen for a budget of {config.budget} ({budget:,} parameters, {spent:,} used), by the "
                  f"singular values of the first gradients:\n{listing(candidates)}")
-    shared = [ranks]
+    shared = [{name: candidate.rank for name, candidate in candidates.items() if candidate.rank}]
     if torch.distributed.is_initialized():  # by rounding, the processes could have come to other ones
         torch.distributed.broadcast_object_list(shared)
     return dataclasses.replace(config, rank_pattern=shared[0])
