@@ -63,21 +63,17 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     check_effect(settings)
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings and settings[name] != "auto":
-            settings[name] = parse(name, settings[name], number)
+            try:
+                settings[name] = number(str(settings[name]))  # int(2.5) is 2, int('2.5') is an error
+            except ValueError:
+                kind = "a whole number or auto" if number is int else "a number"
+                raise PeftError(f"<{name}> {settings[name]!r} is not {kind}: use one, such as <{name}> 16") from None
     check_choice("<fast>", str(settings.setdefault("fast", True)), ("True", "False"))
     settings["fast"] = str(settings["fast"]) == "True"
     own = {name: value for name, value in settings.items() if name not in ("adapter", "fast")}
     # those of an adapter to start from are not known yet: a budget is one of rank auto
     PeftConfig(**({"rank": "auto"} if "adapter" in settings and "budget" in settings else {}) | own)
     return settings
-
-
-def parse(name: str, text: object, number: type[int] | type[float]):
-    try:
-        return number(str(text))  # int(2.5) is 2, int('2.5') is an error
-    except ValueError:
-        kind = "a whole number or auto" if number is int else "a number"
-        raise PeftError(f"<{name}> {text!r} is not {kind}: use one, such as <{name}> 16") from None
 
 
 def check_options(args: argparse.Namespace) -> None:
