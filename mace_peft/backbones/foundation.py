@@ -135,9 +135,8 @@ def take_over_rest(model: nn.Module, foundation: nn.Module) -> nn.Module:
         return torch.equal(made[name].cpu(), held[name].cpu())
 
     made, held = model.state_dict(), foundation.state_dict()  # a file of an older MACE lacks buffers of the newer one
-    parameters = dict.fromkeys(name for either in (foundation, model) for name, parameter in either.named_parameters()
-                               if parameter.numel())
-    odd = [name for name in parameters if not taken_over(name)]
+    odd = [name for either in (foundation, model) for name, parameter in either.named_parameters()
+           if parameter.numel() and not taken_over(name)]
     if getattr(model, "apply_cutoff", True) != getattr(foundation, "apply_cutoff", True):
         odd.append("apply_cutoff")
     if odd:
