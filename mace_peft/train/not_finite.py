@@ -12,8 +12,6 @@ import torch
 
 from mace_peft.errors import PeftError
 
-REMEDY = "start again with a lower --lr (in stage two --swa_lr) or --clip_grad"
-
 
 class FiniteLosses:
     """Stand-ins for functions of ``mace.tools.train``, which raise PeftError for a loss of NaN or infinity.
@@ -26,7 +24,7 @@ class FiniteLosses:
         self.original = original
         self.checkpoints: Callable[[], list[str]] = list
         self.epoch = self.batch = self.batches = 0
-        self.remedy = REMEDY
+        self.remedy = "start again with a lower --lr (in stage two --swa_lr) or --clip_grad"
         self.evaluated: Iterable = ()  # the batches of the last evaluation
 
     def train_one_epoch(self, *, data_loader, epoch: int, **kwargs):
@@ -69,8 +67,7 @@ class FiniteLosses:
         """MACE sums the loss over the processes, and only the first of them goes on to ``valid_err_log``."""
         self.evaluated = data_loader
         loss, metrics = self.original.evaluate(data_loader=data_loader, **kwargs)
-        alone = not torch.distributed.is_initialized()
-        if not math.isfinite(loss) and not alone and torch.distributed.get_rank() != 0:
+        if not math.isfinite(loss) and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             raise self.stopped(f"a validation loss in or before epoch {self.epoch} is {loss}", data_loader)
         return loss, metrics
 
