@@ -41,7 +41,7 @@ class Adapter(nn.Module):
 
     def gradients_by_rank(self, gradients: dict[str, Tensor]) -> list[Tensor]:
         """Matrices whose leading singular values say what each rank gains, from the gradients of the weights."""
-        return []
+        return [gradient for _, gradient in self.low_rank_updates(gradients).values()]
 
     def __reduce_ex__(self, protocol):
         if not type(self).__module__.startswith("mace_peft."):  # a method that another package brings

@@ -47,6 +47,3 @@ class LowRank(Adapter):
     def low_rank_updates(self, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         updates, matrix = assemble(self.parts, self.products()), matrices(self.parts, weights)
         return {key: (self.scale * update, matrix[key]) for key, update in updates.items()}
-
-    def gradients_by_rank(self, gradients: dict[str, Tensor]) -> list[Tensor]:
-        return list(matrices(self.parts, gradients).values())

@@ -60,6 +60,3 @@ class ScaledLowRank(Adapter):
 
     def gains(self) -> Tensor:
         return self.scales.gains()
-
-    def gradients_by_rank(self, gradients: dict[str, Tensor]) -> list[Tensor]:
-        return self.low_rank.gradients_by_rank(gradients)
