@@ -31,7 +31,8 @@ def install(run_train: types.ModuleType) -> None:
             settings = read_settings(args)
             if settings is None:
                 refuse_checkpoints(args)
-                with replaced(run_train, "configure_model", refuse_adapted(run_train.configure_model)):
+                configure = functools.partial(refuse_adapted, run_train.configure_model)
+                with replaced(run_train, "configure_model", configure):
                     return original_run(args)
             check_version()
             check_options(args)
@@ -61,19 +62,13 @@ def check_version() -> None:
                         f"install one of them (pip install mace-torch=={SUPPORTED[-1]}), or a newer mace-peft")
 
 
-def refuse_adapted(configure_model):
+def refuse_adapted(configure_model, args, train_loader, atomic_energies, foundation=None, *more, **options):
     """MACE's ``configure_model`` for a run without ``--peft``, which would drop its foundation's adapters: it stops."""
-
-    @functools.wraps(configure_model)
-    def configure(args, train_loader, atomic_energies, foundation=None, *more, **options):
-        config = getattr(foundation, "peft_config", None)
-        if config is not None:
-            stop(PeftError(f"--foundation_model {args.foundation_model} has {config.method} adapters, which a run "
-                           f"without --peft would lose: add --peft {config.method} to train them on, or give the "
-                           "foundation"))
-        return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
-
-    return configure
+    config = getattr(foundation, "peft_config", None)
+    if config is not None:
+        stop(PeftError(f"--foundation_model {args.foundation_model} has {config.method} adapters, which a run without "
+                       f"--peft would lose: add --peft {config.method} to train them on, or give the foundation"))
+    return configure_model(args, train_loader, atomic_energies, foundation, *more, **options)
 
 
 def refuse_checkpoints(args: argparse.Namespace) -> None:
