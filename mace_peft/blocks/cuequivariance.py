@@ -54,19 +54,16 @@ class CueContraction(Adapted):
     path_map: (paths, paths of the joined contraction). base: the weights of MACE's contraction, which the adapter maps.
     """
 
-    def __init__(self, adapter: nn.Module | None, joined: dict[str, torch.Size], path_map: Tensor,
-                 base: dict[str, Tensor]):
+    def __init__(self, joined: dict[str, torch.Size], path_map: Tensor, base: dict[str, Tensor]):
         super().__init__()
-        self.adapter = adapter
         self.joined = joined
         self.register_buffer("path_map", path_map, persistent=False)
-        self.base = nn.Module()
         for name, weight in base.items():
-            self.base.register_buffer(name.replace(".", "_"), weight.detach().clone(), persistent=False)
+            self.register_buffer(name.replace(".", "_"), weight.detach().clone(), persistent=False)
 
     def update(self) -> Tensor:
         """What the adapter adds to the joined weight."""
-        base = {name: self.base.get_buffer(name.replace(".", "_")) for name in self.adapter.names}
+        base = {name: self.get_buffer(name.replace(".", "_")) for name in self.adapter.names}
         return self.mapped({name: weight - base[name] for name, weight in self.adapter(base).items()})
 
     def mapped(self, weights: dict[str, Tensor]) -> Tensor:
@@ -111,7 +108,7 @@ def carry_contraction(adapter: nn.Module, index: int, plain: nn.Module, target: 
     joined = [joined_weights(contraction, target) for contraction in plain.contractions]
     paths = [sum(shape[1] for shape in weights.values()) for weights in joined]
     path_maps = path_map_of(plain, target, sum(paths)).to(target.weight).split(paths)
-    holders = [CueContraction(None, weights, path_map, {name: contraction.get_parameter(name) for name in weights})
+    holders = [CueContraction(weights, path_map, {name: contraction.get_parameter(name) for name in weights})
                for contraction, weights, path_map in zip(plain.contractions, joined, path_maps, strict=True)]
     known = sum(holder.mapped(dict(contraction.named_parameters()))
                 for holder, contraction in zip(holders, plain.contractions, strict=True))
@@ -128,9 +125,8 @@ def carry_contraction(adapter: nn.Module, index: int, plain: nn.Module, target: 
 def joined_weights(contraction: nn.Module, target: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of the contraction's weights that MACE joins: not those of paths that do not exist."""
     names = ["weights_max", *(f"weights.{order}" for order in range(len(contraction.weights)))]
-    absent = {name for name in names if target.projection is not None
-              and getattr(contraction, f"{name.replace('.', '_')}_zeroed", False)}
-    return {name: contraction.get_parameter(name).shape for name in names if name not in absent}
+    return {name: contraction.get_parameter(name).shape for name in names
+            if target.projection is None or not getattr(contraction, f"{name.replace('.', '_')}_zeroed", False)}
 
 
 def path_map_of(plain: nn.Module, target: nn.Module, paths: int) -> Tensor:

@@ -27,13 +27,9 @@ def contraction_parts(block: Contraction) -> list[Part]:
     """The highest order is one matrix of elements x paths to channels; the lower orders are small."""
     elements, paths, channels = block.weights_max.shape
     highest = Part("weights_max", 0, (1, elements, paths, channels), "weights_max", divisor=paths)
-    return [highest, *(Part(name, 0, (1, *block.get_parameter(name).shape[:2], channels), full=True)
-                       for name in lower_weights(block))]
-
-
-def lower_weights(block: Contraction) -> list[str]:
-    """Names of the weights of the lower orders, but those that MACE has set to zero, for paths that do not exist."""
-    return [f"weights.{i}" for i in range(len(block.weights)) if not getattr(block, f"weights_{i}_zeroed", False)]
+    return [highest, *(Part(f"weights.{i}", 0, (1, *weight.shape[:2], channels), full=True)
+                       for i, weight in enumerate(block.weights)
+                       if not getattr(block, f"weights_{i}_zeroed", False))]  # MACE's, for paths that do not exist
 
 
 def energy_parts(block: AtomicEnergiesBlock) -> list[Part]:
