@@ -38,8 +38,6 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     model = load_adapter(load_foundation(foundation), adapter)
     gains = gates_with_gains(model)
     updated = [block for block in adapted_blocks(model).values() if isinstance(block, Updated)]
-    updates = any(block.adapter.low_rank_updates(weights_of(block, block.adapter.names)) for block in updated)
-    constants = any(block.adapter.gains() is not None for block in updated)
     if gains and structures is None:
         raise PeftError(f"{adapter} has gates, whose gains depend on the atoms: add --structures with a file of some")
     if structures is not None and not gains:
@@ -48,9 +46,10 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     figures = {}
     if gains:
         figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
-    if constants:
+    if any(block.adapter.gains() is not None for block in updated):
         figures["gains"] = draw_constant_gains(constant_gains(model))
-    if updates or not (gains or constants):
+    updates = (block.adapter.low_rank_updates(weights_of(block, block.adapter.names)) for block in updated)
+    if any(updates) or not figures:
         figures["updates"] = draw_updates(update_spectra(model))
     directory = Path(adapter).resolve()
     paths = [directory.with_name(f"{directory.name}_{name}.png") for name in figures]
