@@ -1,6 +1,7 @@
 """Which modules of a model get an adapter and which one, and which base parameters train along."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from mace_peft.blocks.adapted import Adapted, Updated, weights_of
 from mace_peft.blocks.operation import Operation, operation_of
 from mace_peft.config import PeftConfig, split_patterns
 from mace_peft.errors import PeftError, did_you_mean
-from mace_peft.methods import Adapter, Part
+from mace_peft.methods import Adapter
 
 
 class Target(NamedTuple):
@@ -27,13 +28,22 @@ class Target(NamedTuple):
         return self.operation.gated if self.adapter.on_features else Updated
 
     def make(self, block: nn.Module, config: PeftConfig) -> nn.Module:
-        """A new adapter for the module, in torch's default dtype: of several gates, a ModuleDict."""
+        """A new adapter for the module, in torch's default dtype: of several gates, a ModuleDict.
+
+        Raises PeftError if the parts of the module's weights are not all of them.
+        """
         settings = {name: getattr(config, name) for name in self.adapter.settings}
         if self.adapter.on_features:
             gates = {name: self.adapter(*irreps, **settings) for name, irreps in self.operation.gates(block).items()}
             return gates["output"] if len(gates) == 1 else nn.ModuleDict(gates)
-        parts = checked_parts(block, self.operation)
-        weights = weights_of(block, dict.fromkeys(part.weight for part in parts))
+        parts, sizes = self.operation.parts(block), Counter()
+        for part in parts:
+            sizes[part.weight] += part.rows * part.columns
+        weights = weights_of(block, sizes)
+        for name, weight in weights.items():
+            if weight.numel() != sizes[name]:
+                raise PeftError(f"the {name} of a {type(block).__name__} has {weight.numel()} numbers, and its paths "
+                                f"{sizes[name]}, so that it takes no adapter: choose <targets> without it")
         made = self.adapter(parts, {name: weight.detach() for name, weight in weights.items()}, **settings)
         made.names = tuple(weights)
         return made
@@ -43,19 +53,6 @@ class Target(NamedTuple):
         if self.adapter.on_features:
             return max(self.adapter.largest_rank(*irreps) for irreps in self.operation.gates(block).values())
         return self.adapter.largest_rank(self.operation.parts(block))
-
-
-def checked_parts(block: nn.Module, operation: Operation) -> list[Part]:
-    """The parts of the block's weights. Raises PeftError if they are not all of them."""
-    parts = operation.parts(block)
-    sizes: dict[str, int] = {}
-    for part in parts:
-        sizes[part.weight] = sizes.get(part.weight, 0) + part.rows * part.columns
-    for name, weight in weights_of(block, sizes).items():
-        if weight.numel() != sizes[name]:
-            raise PeftError(f"the {name} of a {type(block).__name__} has {weight.numel()} numbers, and its paths "
-                            f"{sizes[name]}, so that it takes no adapter: choose <targets> without it")
-    return parts
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
@@ -165,11 +162,8 @@ def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
     """
     # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
     names = [name for name, parameter in model.named_parameters() if parameter.numel()]
-    found: set[str] = set()
     for pattern in split_patterns(patterns):
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise PeftError(f"<train_also> {pattern!r} matches no parameter of the model{did_you_mean(pattern, names)}"
                             ": use glob patterns such as 'readouts.*'")
-        found |= matched
-    return [name for name in names if name in found]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in split_patterns(patterns))]
