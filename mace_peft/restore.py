@@ -23,10 +23,7 @@ def restore(what: str, *arguments):
 
 
 def refuse_plain_training() -> None:
-    """End ``mace_run_train`` where it loads an adapted model and the start-up hook is off, as with ``python -S``.
-
-    MACE would copy the parameters that it knows to a new model, and drop the adapters without a word.
-    """
+    """End ``mace_run_train`` where it loads an adapted model and the start-up hook is off, as with ``python -S``."""
     frame = sys._getframe()
     while frame is not None:
         names = frame.f_globals

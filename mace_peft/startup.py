@@ -25,7 +25,6 @@ class Loader:
         return getattr(self.loader, name)
 
     def exec_module(self, module):
-        """Executes the module, then installs the plugin into it."""
         self.loader.exec_module(module)
         if not hasattr(module, "load_plugins"):
             from mace_peft.train import plugin

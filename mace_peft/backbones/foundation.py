@@ -95,8 +95,7 @@ def rebuild(
         raise PeftError(f"the foundation does not know {symbols(missing)}, which the adapter was trained for: use the "
                         "foundation that it was trained from")
     with default_dtype_of(foundation):
-        config = extract_config_mace_model(foundation)
-        config |= {
+        config = extract_config_mace_model(foundation) | {
             "atomic_numbers": elements, "num_elements": len(elements), "heads": heads,
             "atomic_energies": np.array(atomic_energies),
             "atomic_inter_scale": [1.0] * len(heads), "atomic_inter_shift": [0.0] * len(heads),

@@ -1,7 +1,4 @@
-"""An operation's weights as data: which stretch of which weight is a matrix of which irrep, element and channel.
-
-A method reads and changes weights through these records, and knows nothing of the operation that has them.
-"""
+"""An operation's weights as data: which stretch of which weight is a matrix of which irrep, element and channel."""
 
 import math
 from collections.abc import Sequence
