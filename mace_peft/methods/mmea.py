@@ -76,12 +76,10 @@ class MMEA(Adapter):
             channels = gain_l.shape[-1]
             if channels == 0:
                 modulated.append(h_l + shift_l)
-            elif self.mul_ir:
-                h_l = h_l.unflatten(-1, [channels, h_l.shape[-1] // channels])
-                modulated.append((gain_l.unsqueeze(-1) * h_l).flatten(-2))
             else:
-                h_l = h_l.unflatten(-1, [h_l.shape[-1] // channels, channels])
-                modulated.append((gain_l.unsqueeze(-2) * h_l).flatten(-2))
+                components = h_l.shape[-1] // channels
+                h_l = h_l.unflatten(-1, [channels, components] if self.mul_ir else [components, channels])
+                modulated.append((gain_l.unsqueeze(-1 if self.mul_ir else -2) * h_l).flatten(-2))
         return torch.cat(modulated, -1)
 
     @classmethod
