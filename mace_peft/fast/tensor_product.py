@@ -68,10 +68,7 @@ def cut_by_split(graph: fx.Graph, cuts: list[fx.Node]) -> None:
     with graph.inserting_after(cuts[0].args[0]):
         parts = graph.call_method("split", (cuts[0].args[0], [cut.stop - cut.start for cut in columns], 1))
     for index, cut in enumerate(cuts):
-        with graph.inserting_before(cut):
-            part = graph.call_function(operator.getitem, (parts, index))
-        cut.replace_all_uses_with(part)
-        graph.erase_node(cut)
+        cut.args = (parts, index)
 
 
 def width(node: fx.Node) -> int | None:
