@@ -5,8 +5,8 @@ them ``plugin.install`` wraps two names of ``mace.cli.run_train`` for good, ``ru
 """
 
 import contextlib
-import importlib
 import operator
+import pkgutil
 import types
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -34,11 +34,7 @@ class Seam(NamedTuple):
         """The module or class that has the name; in the releases that have it."""
         if self.owner.split(".")[0] == "run_train":
             return operator.attrgetter(self.owner)(types.SimpleNamespace(run_train=run_train))
-        try:
-            return importlib.import_module(self.owner)
-        except ModuleNotFoundError:
-            module, _, cls = self.owner.rpartition(".")
-            return getattr(importlib.import_module(module), cls)
+        return pkgutil.resolve_name(self.owner)
 
 
 SEAMS = (
