@@ -5,13 +5,22 @@ import errno
 import functools
 import io
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator
+from typing import BinaryIO
 
 from mace_peft.errors import PeftError, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 # what a disk that is full, over its quota or read-only says, and a file above the limit of the process
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 REMEDY = "make room or give it another place"
+NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
+NOT_WAITED_FOR = getattr(os, "O_NONBLOCK", 0)
 
 
 @contextlib.contextmanager
@@ -26,22 +35,92 @@ def one_line_errors(what: object, only: Collection[int] | None = None, *,
         raise PeftError(f"{what} cannot be written ({error.strerror or one_line(error)}): {remedy}") from None
 
 
-def write_complete(path: str | os.PathLike, content: bytes | memoryview, unfinished: str | os.PathLike | None = None,
-                   **remedy: str) -> None:
-    """Write the file under the name ``unfinished``, then give it its own: killed, or on a full disk, none is cut short.
+@contextlib.contextmanager
+def complete_file(path: str | os.PathLike, content: bytes | memoryview,
+                  unfinished: str | os.PathLike | None = None) -> Iterator[None]:
+    """Write the file under the name ``unfinished``; it has its own name, on the disk, when the block ends well.
 
-    Raises PeftError if it cannot be written, with the ``remedy``, see ``one_line_errors``.
+    Killed, on a full disk, or where the block fails, the file that was there stays. Of several writers each waits for
+    the one before. No link under either name is followed.
     """
-    unfinished = unfinished or f"{os.fspath(path)}.unfinished"
-    with one_line_errors(path, **remedy):
+    path = os.path.abspath(path)
+    unfinished = unfinished or f"{path}.unfinished"
+    with open_unfinished(unfinished) as file:
         try:
-            with open(unfinished, "wb") as file:
-                file.write(content)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            yield
             os.replace(unfinished, path)
+            sync_folder(os.path.dirname(path))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
             raise
+        finally:
+            lock(file, free=True)  # closing it is not enough where another process was forked meanwhile
+
+
+def open_unfinished(path: str | os.PathLike) -> BinaryIO:
+    """The file, made or emptied, and locked for this writer alone. A link or device in its place is removed."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            there = os.lstat(path)
+            if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
+                os.remove(path)
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o666), "r+b")
+        lock(file)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                file.truncate()
+                return file
+        file.close()  # another writer has finished it, or given it up, while this one waited
+
+
+def lock(file: BinaryIO, free: bool = False) -> None:
+    """Wait until no other writer has the file, where the system can tell."""
+    if fcntl:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX)
+
+
+def sync_folder(path: str) -> None:
+    """Bring the names in the folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):  # some file systems, and Windows, take no such order
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:
+    """The file, of at most so many bytes, to be read. No link is followed, and no pipe waited for.
+
+    Raises PeftError for what is no regular file or is larger, OSError if it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | NOT_FOLLOWED | NOT_WAITED_FOR)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise PeftError(f"{path} is a link: copy the file that it leads to here") from None
+    there = os.fstat(descriptor)
+    if stat.S_ISREG(there.st_mode) and there.st_size <= most:
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    what = f"has {there.st_size:,} bytes, of at most {most:,}" if stat.S_ISREG(there.st_mode) else "is no regular file"
+    raise PeftError(f"{path} {what}: save or copy it again")
+
+
+def write_complete(path: str | os.PathLike, content: bytes | memoryview, unfinished: str | os.PathLike | None = None,
+                   **remedy: str) -> None:
+    """Write the file, complete or not at all, see ``complete_file``.
+
+    Raises PeftError if it cannot be written, with the ``remedy``, see ``one_line_errors``.
+    """
+    with one_line_errors(path, **remedy), complete_file(path, content, unfinished):
+        pass
 
 
 def complete(save: Callable) -> Callable:

@@ -1,50 +1,30 @@
-"""The adapter directory: adapter_config.json and adapter_model.safetensors."""
+"""The adapter directory: adapter_model.safetensors, which holds the adapter, and adapter_config.json, to look at."""
 
 import contextlib
 import hashlib
+import io
 import json
-import math
 import os
-import sys
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load, save
 from torch import nn
 
-import mace_peft
-from mace_peft import e3nn
-from mace_peft.backbones import backbone_of
+from mace_peft.adapter.description import check_description, describe, sealed
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
+from mace_peft.files import complete_file, open_regular
 from mace_peft.model.adapted import check_adapted, origin, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-FORMAT = 1
-
-# What the fields of adapter_config.json hold, see ``fits``.
-TEXT_OR_NONE = (str, type(None))
-NUMBERS_OR_NONE = ([float], type(None))
-ORIGIN = {"name": TEXT_OR_NONE, "fingerprint": str}
-FIELDS = {
-    "format": int,
-    "peft": {"method": str, "rank": (int, "auto", type(None)), "alpha": (float, type(None)), "targets": str,
-             "gate": TEXT_OR_NONE, "init_std": (float, type(None)), "train_also": TEXT_OR_NONE, "budget": TEXT_OR_NONE,
-             "rank_pattern": ({str: int}, type(None))},
-    "foundation": (ORIGIN, ORIGIN | {"head": TEXT_OR_NONE}),
-    "backbone": str,
-    "model_class": str,
-    "elements": ([int], type(None)),
-    "heads": ([str], type(None)),
-    "E0s": ([[float]], type(None)),
-    "scale": NUMBERS_OR_NONE,
-    "shift": NUMBERS_OR_NONE,
-    "dtype": str,
-    "versions": {str: str},
-    "sha256": str,
-}
+SAID = "mace_peft"  # the name of the description in the metadata
+METADATA = {"format": "pt"}  # which other readers of safetensors ask for
+LARGEST_CONFIG = 2**20  # bytes
+LARGEST_TENSORS = 2**29
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -54,8 +34,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the name and
     fingerprint of the foundation, and the versions of the packages. Other files in the directory stay.
 
-    Killed at any moment it leaves the adapter that was there or the new one: each file is complete before it takes the
-    place of an older one, the tensors go first, and ``read_adapter`` takes a config that has not got there yet.
+    Killed at any moment, or read meanwhile, it is the adapter that was there or the new one: adapter_model.safetensors
+    holds all of it and takes the place of the older one in one step, after adapter_config.json, its copy to look at.
 
     Warns if the base is no longer the one that the adapters were put into. Raises PeftError if the model has no
     adapters, OSError if the directory cannot be written.
@@ -66,84 +46,43 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
                       "with no other: save them too, or train them by train_also", stacklevel=2)
     directory = Path(directory)
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
-    tensors = save(trained, metadata={"format": "pt"})
-    description = describe(model)
-    description["sha256"] = checksum(description, tensors)
-    contents = {TENSOR_FILE: tensors, CONFIG_FILE: (json.dumps(description, indent=2) + "\n").encode()}
+    files = contents(describe(model), trained)
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        finish_killed_save(directory)
-        for name, content in contents.items():
-            unfinished(directory, name).write_bytes(content)
-        for name in contents:
-            unfinished(directory, name).replace(directory / name)
+        # the inner file has its name first
+        with complete_file(directory / TENSOR_FILE, files[TENSOR_FILE]), \
+                complete_file(directory / CONFIG_FILE, files[CONFIG_FILE]):
+            pass
     except BaseException:
-        undo_save(directory, made)
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds something, or was not made
+                path.rmdir()
         raise
     return directory
 
 
-def unfinished(directory: Path, name: str) -> Path:
-    return directory / f".{name}.unfinished"
-
-
-def finish_killed_save(directory: Path) -> None:
-    """Put the config in place that an earlier save, killed, has left behind its tensors."""
-    later = unfinished(directory, CONFIG_FILE)
-    if unfinished(directory, TENSOR_FILE).exists():
-        return  # killed earlier than that: what was there is complete
-    try:
-        check_description(json.loads(later.read_bytes()), later, (directory / TENSOR_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):  # none is there, or it is none of these tensors
-        return
-    later.replace(directory / CONFIG_FILE)
-
-
-def undo_save(directory: Path, made: list[Path]) -> None:
-    """Remove what a failed save has left, unless its tensors are in place already: then its config has to stay."""
-    if unfinished(directory, TENSOR_FILE).exists():
-        for name in (TENSOR_FILE, CONFIG_FILE):
-            unfinished(directory, name).unlink(missing_ok=True)
-    for path in made:
-        with contextlib.suppress(OSError):  # it holds something, or was not made
-            path.rmdir()
-
-
-def describe(model: nn.Module) -> dict:
-    """What adapter_config.json says of an adapted model, but for the checksum."""
-    backbone = backbone_of(model)
-    held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
-            for field, (_, buffer) in backbone.constants(model).items()}
-    packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
-    return {
-        "format": FORMAT,
-        "peft": model.peft_config.to_dict(),
-        "foundation": origin(model),
-        "backbone": backbone.name,
-        **backbone.describe(model),
-        **{field: held[field].tolist() if field in held else None for field in ("E0s", "scale", "shift")},
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": {one.__name__.removeprefix("mace_peft."): one.__version__ for one in packages if one},
-    }
-
-
-def checksum(description: dict, tensors: bytes) -> str:
-    """SHA-256 of what the two files say: a changed file, or two files of different saves, do not go unseen."""
-    said = {name: value for name, value in description.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
+def contents(description: dict, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The two files, by their names."""
+    plain = io.BytesIO(save(tensors))
+    description = sealed({**description, "tensors": checksum_of_tensors(plain, read_header(plain))})
+    return {TENSOR_FILE: save(tensors, metadata={**METADATA, SAID: json.dumps(description)}),
+            CONFIG_FILE: (json.dumps(description, indent=2) + "\n").encode()}
 
 
 def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict, dict[str, torch.Tensor]]:
     """The settings, the description (``describe``) and the tensors of an adapter directory. No code from it runs.
 
-    Raises PeftError if a file is missing, damaged or changed, or was written by a newer mace-peft.
+    Raises PeftError if a file is missing, damaged, changed, too large or a link, or if a newer mace-peft wrote it.
     """
     directory = Path(directory)
     try:
-        tensors = (directory / TENSOR_FILE).read_bytes()
-        description = matching_description(directory, tensors)
-        return PeftConfig(**description["peft"]), description, finite(load(tensors), directory)
+        with open_regular(directory / TENSOR_FILE, LARGEST_TENSORS) as tensors, \
+                open_regular(directory / CONFIG_FILE, LARGEST_CONFIG) as copy:
+            check_description(json.loads(copy.read()), directory / CONFIG_FILE)
+            description = read_description(tensors, directory / TENSOR_FILE)
+            tensors.seek(0)
+            return PeftConfig(**description["peft"]), description, finite(load(tensors.read()), directory)
     except PeftError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -154,63 +93,40 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict, dict[s
                         "again") from None
 
 
-def matching_description(directory: Path, tensors: bytes) -> dict:
-    """The description that belongs to the tensors: a save that was killed has put it in place or is about to."""
-    later = unfinished(directory, CONFIG_FILE)
-    path = directory / CONFIG_FILE
-    try:
-        return check_description(json.loads(path.read_text(encoding="utf-8")), path, tensors)
-    except (OSError, ValueError):
-        if not later.exists():
-            raise
-    try:
-        return check_description(json.loads(later.read_text(encoding="utf-8")), later, tensors)
-    except ValueError:
-        raise PeftError(f"the files in {directory} belong to different saves: save or copy the adapter again") from None
+def read_header(file: BinaryIO) -> dict:
+    """The header of safetensors: the tensors' types, shapes and places, and the metadata."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_CONFIG:
+        raise ValueError(f"a header of {length:,} bytes, of at most {LARGEST_CONFIG:,}")
+    return json.loads(file.read(length))
 
 
-def check_description(description: dict, path: Path, tensors: bytes) -> dict:
-    """Raise PeftError unless the description is complete, of a known format and that of the tensors."""
-    if not isinstance(description, dict) or not fits(description.get("format"), int) or description["format"] < 1:
-        raise PeftError(f"{path} is no adapter config of mace-peft: give the NAME_adapter directory that a run left")
-    if description["format"] > FORMAT:
-        raise PeftError(f"{path} has format {description['format']}, and this mace-peft {mace_peft.__version__} reads "
-                        f"up to {FORMAT}: install a newer mace-peft")
-    missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
-    if missing or unknown:
-        raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {sorted(unknown)}: save or copy "
-                        "the adapter again")
-    if description["sha256"] != checksum(description, tensors):
-        raise PeftError(f"{path} and {TENSOR_FILE} are not what was saved, for their checksum differs: save or copy "
-                        "the adapter again")
-    odd = [name for name, kind in FIELDS.items() if not fits(description[name], kind)]
-    if odd:
-        raise PeftError(f"{path} holds no proper value of {', '.join(odd)}: save the adapter again")
+def checksum_of_tensors(file: BinaryIO, header: dict) -> str:
+    """SHA-256 of the tensors, where the header has been read."""
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    checksum = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
+    while part := file.read(2**20):
+        checksum.update(part)
+    return checksum.hexdigest()
+
+
+def read_description(file: BinaryIO, path: Path) -> dict:
+    """What the file says of its tensors. Raises PeftError if they are not those that were saved."""
+    header = read_header(file)
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    said = metadata.pop(SAID, None) if isinstance(metadata, dict) else None
+    if said is None or metadata != METADATA:
+        raise PeftError(f"{path} is no adapter of mace-peft: give the NAME_adapter directory that a run left")
+    description = check_description(json.loads(said), path)
+    if description["tensors"] != checksum_of_tensors(file, header):
+        raise PeftError(f"{path} is not what was saved, for its checksum differs: save or copy the adapter again")
     return description
 
 
-def fits(value: object, kind: object) -> bool:
-    """Whether a JSON value is of the kind: a type; a text, that one; [kind], a list of such entries, not empty;
-    {name: kind}, an object of these fields; {str: kind}, one of any fields; or (kind, kind), either. Numbers have to be
-    finite.
-    """
-    if isinstance(kind, str):
-        return value == kind
-    if isinstance(kind, tuple):
-        return any(fits(value, one) for one in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and value != [] and all(fits(entry, kind[0]) for entry in value)
-    if isinstance(kind, dict) and str in kind:
-        return isinstance(value, dict) and all(fits(entry, kind[str]) for entry in value.values())
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and value.keys() == kind.keys() and all(fits(value[k], kind[k]) for k in kind)
-    return type(value) is kind and (kind is not float or math.isfinite(value))
-
-
 def finite(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
-    """Raise PeftError for a weight that is no number."""
+    """The tensors. Raises PeftError for a weight that is no number."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise PeftError(f"{bad[0]!r} in {directory} holds NaN or infinity, for its training diverged: train again with "
-                        "a lower --lr")
+        raise PeftError(f"{bad[0]!r:.300} in {directory} holds NaN or infinity, for its training diverged: train again "
+                        "with a lower --lr")
     return tensors

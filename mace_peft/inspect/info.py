@@ -5,7 +5,8 @@ from pathlib import Path
 from prettytable import PrettyTable
 from torch import Tensor
 
-from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, describe, read_adapter
+from mace_peft.adapter.description import describe
+from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.methods import METHODS
 from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters

@@ -1,0 +1,121 @@
+"""What an adapter says of itself: its fields, their limits and its checksum."""
+
+import hashlib
+import json
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import mace_peft
+from mace_peft import e3nn
+from mace_peft.backbones import backbone_of
+from mace_peft.errors import PeftError
+from mace_peft.model.adapted import origin
+
+FORMAT = 1
+
+
+class AtMost(NamedTuple):
+    """A kind of text, list or object, and the most characters or entries it may have."""
+
+    most: int
+    kind: object
+
+
+# What the fields hold, see ``fits``. The limits lie far above what a run writes.
+NAME = AtMost(300, str)
+PATTERNS = AtMost(5000, str)
+NUMBERS = AtMost(200, [float])
+SHA256 = AtMost(64, str)
+ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
+FIELDS = {
+    "format": int,
+    "peft": {"method": NAME, "rank": (int, "auto", None), "alpha": (float, None), "targets": PATTERNS,
+             "gate": (NAME, None), "init_std": (float, None), "train_also": (PATTERNS, None), "budget": (NAME, None),
+             "rank_pattern": (AtMost(5000, {NAME: int}), None)},
+    "foundation": (ORIGIN, ORIGIN | {"head": (NAME, None)}),
+    "backbone": NAME,
+    "model_class": NAME,
+    "elements": (AtMost(200, [int]), None),
+    "heads": (AtMost(200, [NAME]), None),
+    "E0s": (AtMost(200, [NUMBERS]), None),
+    "scale": (NUMBERS, None),
+    "shift": (NUMBERS, None),
+    "dtype": NAME,
+    "versions": AtMost(20, {NAME: NAME}),
+    "tensors": SHA256,
+    "sha256": SHA256,
+}
+
+
+def describe(model: nn.Module) -> dict:
+    """What adapter_config.json says of an adapted model, but for the checksums."""
+    backbone = backbone_of(model)
+    held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
+            for field, (_, buffer) in backbone.constants(model).items()}
+    packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
+    return {
+        "format": FORMAT,
+        "peft": model.peft_config.to_dict(),
+        "foundation": origin(model),
+        "backbone": backbone.name,
+        **backbone.describe(model),
+        **{field: held[field].tolist() if field in held else None for field in ("E0s", "scale", "shift")},
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "versions": {one.__name__.removeprefix("mace_peft."): one.__version__ for one in packages if one},
+    }
+
+
+def checksum(said: object) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(description: dict) -> dict:
+    """The description with the checksum of all that it says."""
+    said = {name: value for name, value in description.items() if name != "sha256"}
+    return {**said, "sha256": checksum(said)}
+
+
+def check_description(description: object, path: object) -> dict:
+    """The description. Raises PeftError unless it is complete, of a known format, as saved, and within the limits."""
+    if not isinstance(description, dict) or not fits(description.get("format"), int) or description["format"] < 1:
+        raise PeftError(f"{path} is no adapter of mace-peft: give the NAME_adapter directory that a run left")
+    if description["format"] > FORMAT:
+        raise PeftError(f"{path} has format {description['format']}, and this mace-peft {mace_peft.__version__} reads "
+                        f"up to {FORMAT}: install a newer mace-peft")
+    missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
+    if missing or unknown:
+        raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {sorted(unknown)[:3]}: save or "
+                        "copy the adapter again")
+    if description != sealed(description):
+        raise PeftError(f"{path} is not what was saved, for its checksum differs: save or copy the adapter again")
+    odd = [name for name, kind in FIELDS.items() if not fits(description[name], kind)]
+    if odd:
+        raise PeftError(f"{path} holds no proper value of {', '.join(odd)}: save the adapter again")
+    return description
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a JSON value is of the kind.
+
+    That is a type; None; a text, that one; [kind], a list of such entries, not empty; {"name": kind}, an object of
+    these fields; {kind: kind}, one of any fields of that kind; (kind, kind), either; or ``AtMost``. Numbers are finite.
+    """
+    if isinstance(kind, AtMost):
+        return isinstance(value, (str, list, dict)) and len(value) <= kind.most and fits(value, kind.kind)
+    if kind is None or isinstance(kind, str):
+        return value == kind
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and value != [] and all(fits(entry, kind[0]) for entry in value)
+    if isinstance(kind, dict) and isinstance(value, dict) and all(isinstance(name, str) for name in kind):
+        return value.keys() == kind.keys() and all(fits(value[name], kind[name]) for name in kind)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(name, of) and fits(entry, to) for name, entry in value.items()
+                                               for of, to in kind.items())
+    return type(value) is kind and (kind is not float or math.isfinite(value))
