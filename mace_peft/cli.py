@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what an adapter directory or a model holds")
-    info.add_argument("path", metavar="DIR|MODEL")
+    info.add_argument("path", metavar="DIR|MODEL", help="an adapter directory; with --trust, a model")
+    info.add_argument("--trust", action="store_true",
+                      help="load the model file, which can run any code: only if you know who made it")
     info.set_defaults(runs=("mace_peft.inspect.info", "info"))
 
     export = commands.add_parser("export", help="write the fine-tuned model to one file")

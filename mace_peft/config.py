@@ -165,5 +165,5 @@ def check_ranks(pattern: object) -> tuple[tuple[str, int], ...]:
 
 
 def split_patterns(patterns: str | None) -> list[str]:
-    """The glob patterns of a comma-separated list."""
-    return [pattern.strip() for pattern in (patterns or "").split(",") if pattern.strip()]
+    """The glob patterns of a comma-separated list, each once."""
+    return list(dict.fromkeys(pattern.strip() for pattern in (patterns or "").split(",") if pattern.strip()))

@@ -11,18 +11,22 @@ MARKED = re.compile(f"<({'|'.join(OPTIONS)})>")
 
 
 class PeftError(ValueError):
-    """A setting, model or file that cannot be used: its text names the value, the cause and the remedy in one line.
+    """A setting, model or file that cannot be used: one printable line with the value, the cause and the remedy.
 
     ``<rank>`` in the text that it is made from is a setting: ``rank`` in Python, ``--peft_rank`` on the command line.
     """
 
     def __str__(self) -> str:
-        return MARKED.sub(r"\1", self.args[0])
+        return printable(MARKED.sub(r"\1", self.args[0]))
 
     def on_command_line(self) -> str:
-        """The text with the settings as options of ``mace_run_train``, all of it printable."""
-        text = MARKED.sub(lambda match: OPTIONS[match[1]], self.args[0])
-        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+        """The text with the settings as options of ``mace_run_train``."""
+        return printable(MARKED.sub(lambda match: OPTIONS[match[1]], self.args[0]))
+
+
+def printable(text: str) -> str:
+    """The text in one line, in which signs that a terminal would obey are spelled out, such as \\n."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def one_line(error: Exception) -> str:

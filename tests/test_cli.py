@@ -71,7 +71,7 @@ def rows(text):
 
 @pytest.mark.parametrize("path", ["mmea", "mmea.model"])
 def test_info_of_an_mmea_adapter(command, folder, path):
-    said, modules = rows(command("info", path))
+    said, modules = rows(command("info", path, "--trust"))
     assert said["method"] == "mmea, rank 2, alpha 2, gate exp"
     assert said["placement"] == "products" and said["trains along"] == "readouts.0.*"
     assert said["elements"] == "H C O" and said["heads"] == "Default" and said["class"] == "ScaleShiftMACE"
@@ -100,7 +100,7 @@ def test_info_of_scales(command):
 
 @pytest.mark.parametrize("path", [FOUNDATION, "merged.model"])
 def test_info_of_a_plain_model(command, folder, path):
-    said, modules = rows(command("info", path))
+    said, modules = rows(command("info", path, "--trust"))
     assert said["adapters"].startswith("none") and said["elements"] == "H C O" and modules == {}
     assert said["fingerprint"] == fingerprint(torch.load(folder / path, weights_only=False))
 
@@ -114,9 +114,11 @@ def test_plot_writes_a_figure_of_each_kind(command, folder):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["info", "nowhere"], ["nowhere", "neither a file nor a name"]),
+    (["info", "nowhere"], ["nowhere is no adapter directory"]),
+    (["info", "nowhere", "--trust"], ["nowhere", "neither a file nor a name"]),
+    (["info", "mmea.model"], ["mmea.model is no adapter directory", "can run any code", "add --trust"]),
     (["info", "."], [". is no adapter directory", "adapter_model.safetensors is missing"]),
-    (["info", "text.xyz"], ["text.xyz cannot be loaded"]),
+    (["info", "text.xyz", "--trust"], ["text.xyz cannot be loaded"]),
     (["export", "nowhere.model", "mmea", "out.model"], ["nowhere.model"]),
     (["export", FOUNDATION, "nowhere", "out.model"], ["nowhere is no adapter directory"]),
     (["export", FOUNDATION, "mmea", "mmea"], ["mmea cannot be written"]),

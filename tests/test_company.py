@@ -1,17 +1,22 @@
 """Several processes at one adapter directory, and links and devices in the place of its files."""
 
+import copy
 import json
 import multiprocessing
 import os
 import queue
+import random
+import resource
+import shutil
 import time
 
 import pytest
+import torch
 from test_damage import CONFIG_FILE, SETTINGS, TENSOR_FILE, meaning, small_mace
 from tiny import randomise
 
-from mace_peft import PeftConfig, PeftError, files, inject, save_adapter
-from mace_peft.adapter.directory import read_adapter
+from mace_peft import PeftConfig, PeftError, eject, files, inject, load_adapter, save_adapter
+from mace_peft.adapter.directory import contents, read_adapter
 from mace_peft.files import write_complete
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -35,7 +40,7 @@ def in_rounds(act, barrier, rounds, errors):
 
 @needs_fork
 @forks
-def test_two_savers_and_a_reader_at_one_directory(tmp_path, rounds=300):
+def test_two_savers_and_a_reader_at_one_directory(tmp_path, rounds=100):
     """What is read, meanwhile and afterwards, is the adapter of one of the two; so is the config to look at."""
     models = [adapted(number) for number in range(2)]
     written = [meaning(save_adapter(model, tmp_path / str(number))) for number, model in enumerate(models)]
@@ -120,3 +125,74 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path):
     os.truncate(tmp_path / TENSOR_FILE, 2**40)  # with a hole, which takes no room
     with pytest.raises(PeftError, match="has 1,099,511,627,776 bytes, of at most 536,870,912"):
         read_adapter(tmp_path)
+
+
+# --- hostile directories ----------------------------------------------------------------------------------------------
+
+BOMBS = {
+    "a long text": lambda choice: "a" * choice.choice([301, 10**5, 9 * 10**5]),
+    "many patterns": lambda choice: ",".join("*" * (1 + number % 9) + "?" for number in range(20_000)),
+    "control codes": lambda choice: "\x1b[2J\x1b]0;owned\x07\r\nfingerprint  fine\u202e",
+    "a long list": lambda choice: [choice.choice([0, 1.5, "H", None, []])] * 10**5,
+    "many fields": lambda choice: {str(number): number for number in range(10**5)},
+    "a deep list": lambda choice: json.loads("[" * 500 + "]" * 500),
+    "a large number": lambda choice: choice.choice([10**4000, 10**9, -1, 2**63, 1e308]),
+    "no number": lambda choice: choice.choice([float("nan"), float("inf"), True, None]),
+    "a marked setting": lambda choice: "<rank><adapter>{0}%s",
+}
+TENSOR_BOMBS = {
+    "many tensors": lambda tensors: tensors | {f"x.{number}": torch.zeros(0) for number in range(8000)},
+    "a long name": lambda tensors: tensors | {"x" * 9 * 10**5: torch.zeros(1)},
+    "a name of control codes": lambda tensors: tensors | {"\x1b[2J\n": torch.zeros(1)},
+    "a large tensor": lambda tensors: tensors | {next(iter(tensors)): torch.zeros(10**6)},
+    "another type": lambda tensors: {name: tensor.to(torch.complex64) for name, tensor in tensors.items()},
+    "no numbers": lambda tensors: {name: tensor * float("nan") for name, tensor in tensors.items()},
+    "none": lambda tensors: {},
+}
+
+
+def hostile(choice, folder, description, tensors):
+    """Make a directory that somebody might send; returns what is wrong with it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    description = copy.deepcopy(description)
+    kind = choice.choice(["field", "field", "field", "tensors", "place"])
+    if kind == "field":
+        inside = choice.choice([description, description["peft"], description["foundation"], description["versions"]])
+        name, bomb = choice.choice([*inside, "more\n\x1b[1m"]), choice.choice([*BOMBS])
+        inside[name] = BOMBS[bomb](choice)
+        what = name, bomb
+    elif kind == "tensors":
+        what = choice.choice([*TENSOR_BOMBS])
+        tensors = TENSOR_BOMBS[what](tensors)
+    for name, content in contents(description, tensors).items():
+        (folder / name).write_bytes(content)
+    if kind == "place":
+        name, what = choice.choice([CONFIG_FILE, TENSOR_FILE]), choice.choice([*LINKS, "a hole", "a folder", "nothing"])
+        (folder / name).rename(folder / "target")
+        if what in LINKS:
+            LINKS[what](folder / name, folder / "target")
+        elif what == "a hole":
+            (folder / name).touch()
+            os.truncate(folder / name, choice.choice([2**20 + 1, 2**29 + 1, 2**40]))
+        elif what == "a folder":
+            (folder / name).mkdir()
+    return what
+
+
+def test_hostile_directories_end_in_a_line_soon_and_cost_little(tmp_path, rounds=80):
+    foundation = small_mace()
+    _, description, tensors = read_adapter(save_adapter(adapted(0), tmp_path / "good"))
+    choice, peak = random.Random(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for number in range(rounds):
+        what = hostile(choice, tmp_path / "hostile", description, tensors)
+        start = time.process_time()
+        try:
+            eject(load_adapter(foundation, tmp_path / "hostile"))
+        except PeftError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 2000, (number, what)
+        assert time.process_time() - start < 2, (number, what)
+    assert refused > 0.8 * rounds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300_000

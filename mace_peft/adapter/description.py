@@ -30,16 +30,18 @@ NAME = AtMost(300, str)
 PATTERNS = AtMost(5000, str)
 NUMBERS = AtMost(200, [float])
 SHA256 = AtMost(64, str)
+ELEMENT = range(1, 119)
+RANK = range(1, 10**6 + 1)
 ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
 FIELDS = {
     "format": int,
-    "peft": {"method": NAME, "rank": (int, "auto", None), "alpha": (float, None), "targets": PATTERNS,
+    "peft": {"method": NAME, "rank": (RANK, "auto", None), "alpha": (float, None), "targets": PATTERNS,
              "gate": (NAME, None), "init_std": (float, None), "train_also": (PATTERNS, None), "budget": (NAME, None),
-             "rank_pattern": (AtMost(5000, {NAME: int}), None)},
+             "rank_pattern": (AtMost(5000, {NAME: RANK}), None)},
     "foundation": (ORIGIN, ORIGIN | {"head": (NAME, None)}),
     "backbone": NAME,
     "model_class": NAME,
-    "elements": (AtMost(200, [int]), None),
+    "elements": (AtMost(200, [ELEMENT]), None),
     "heads": (AtMost(200, [NAME]), None),
     "E0s": (AtMost(200, [NUMBERS]), None),
     "scale": (NUMBERS, None),
@@ -89,8 +91,8 @@ def check_description(description: object, path: object) -> dict:
                         f"up to {FORMAT}: install a newer mace-peft")
     missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
     if missing or unknown:
-        raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {sorted(unknown)[:3]}: save or "
-                        "copy the adapter again")
+        raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {str(sorted(unknown)):.300}: save "
+                        "or copy the adapter again")
     if description != sealed(description):
         raise PeftError(f"{path} is not what was saved, for its checksum differs: save or copy the adapter again")
     odd = [name for name, kind in FIELDS.items() if not fits(description[name], kind)]
@@ -102,13 +104,16 @@ def check_description(description: object, path: object) -> dict:
 def fits(value: object, kind: object) -> bool:
     """Whether a JSON value is of the kind.
 
-    That is a type; None; a text, that one; [kind], a list of such entries, not empty; {"name": kind}, an object of
-    these fields; {kind: kind}, one of any fields of that kind; (kind, kind), either; or ``AtMost``. Numbers are finite.
+    That is a type; None; a text, that one; a range of whole numbers; [kind], a list of such entries, not empty;
+    {"name": kind}, an object of these fields; {kind: kind}, one of any fields of that kind; (kind, kind), either; or
+    ``AtMost``. Numbers are finite.
     """
     if isinstance(kind, AtMost):
         return isinstance(value, (str, list, dict)) and len(value) <= kind.most and fits(value, kind.kind)
     if kind is None or isinstance(kind, str):
         return value == kind
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
     if isinstance(kind, tuple):
         return any(fits(value, one) for one in kind)
     if isinstance(kind, list):

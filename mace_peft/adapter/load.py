@@ -78,8 +78,9 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], complete: bool = Fa
     odd += [name for name in trainable if complete and name not in tensors]
     if odd:
         more = f" and {len(odd) - 3} more" if odd[3:] else ""
-        raise PeftError(f"{', '.join(map(repr, odd[:3]))}{more} are missing, unknown or of another shape: use the "
-                        "adapter with the settings, elements and heads it was trained for")
+        named = ", ".join(f"{name!r:.200}" for name in odd[:3])
+        raise PeftError(f"{named}{more} are missing, unknown or of another shape: use the adapter with the settings, "
+                        "elements and heads it was trained for")
     with torch.no_grad():
         for name, tensor in tensors.items():
             trainable[name].copy_(tensor)

@@ -8,17 +8,22 @@ from torch import Tensor
 from mace_peft.adapter.description import describe
 from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.errors import PeftError, printable
 from mace_peft.methods import METHODS
 from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters
 from mace_peft.model.summary import count
 
 
-def info(path: str) -> str:
+def info(path: str, trust: bool = False) -> str:
     """Method, rank, placement, parameters by module, elements, size and fingerprint of what is at the path.
 
-    Raises PeftError if that is neither an adapter directory nor a MACE model.
+    That is an adapter directory, of which no code runs; with ``trust``, it may be a MACE model, whose file can run any
+    code. Raises PeftError if it is neither.
     """
-    if Path(path).is_dir():
+    if not trust or Path(path).is_dir():
+        if Path(path).is_file():
+            raise PeftError(f"{path} is no adapter directory: if it is a model, whose file can run any code when it is "
+                            "loaded, and you know who made it, add --trust")
         _, description, tensors = read_adapter(path)
         size = sum((Path(path) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
         return adapter_info(f"adapter {path} ({size:,} bytes)", description, tensors)
@@ -50,7 +55,7 @@ def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> st
         sizes[module] = sizes.get(module, 0) + tensor.numel()
     modules = PrettyTable(["module", "parameters"], align="r")
     modules.align["module"] = "l"
-    modules.add_rows([[module, f"{size:,}"] for module, size in sorted(sizes.items())])
+    modules.add_rows([[printable(module), f"{size:,}"] for module, size in sorted(sizes.items())])
     return table({
         "what": what,
         "method": ", ".join([config["method"], *settings]),
@@ -67,4 +72,4 @@ def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> st
 
 
 def table(rows: dict[str, str]) -> str:
-    return "\n".join(f"{name:<13}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<13}{printable(value)}" for name, value in rows.items())

@@ -136,10 +136,10 @@ def outermost(name: str, module: nn.Module, adaptable: dict[str, Target]) -> Ite
 
 def no_match(model: nn.Module, pattern: str, config: PeftConfig, backbone: Backbone, adaptable: list[str]) -> str:
     if pattern in backbone.placements:
-        return f"<targets> {config.targets!r} mixes the placement {pattern} with patterns: give it alone"
+        return f"<targets> {config.targets!r:.200} mixes the placement {pattern} with patterns: give it alone"
     names = list(dict.fromkeys(unit(model, name) for name in adaptable))
     hint = did_you_mean(pattern, [*backbone.placements, *names])
-    return (f"<targets> {pattern!r} matches no module that {config.method} can adapt{hint}: use "
+    return (f"<targets> {pattern!r:.200} matches no module that {config.method} can adapt{hint}: use "
             f"{', '.join(backbone.placements)}, or glob patterns over module names such as 'interactions.*.linear'; "
             f"this model has {', '.join(names)}")
 
@@ -162,8 +162,9 @@ def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
     """
     # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
     names = [name for name, parameter in model.named_parameters() if parameter.numel()]
-    for pattern in split_patterns(patterns):
+    wanted = split_patterns(patterns)
+    for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise PeftError(f"<train_also> {pattern!r} matches no parameter of the model{did_you_mean(pattern, names)}"
-                            ": use glob patterns such as 'readouts.*'")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in split_patterns(patterns))]
+            raise PeftError(f"<train_also> {pattern!r:.200} matches no parameter of the model"
+                            f"{did_you_mean(pattern, names)}: use glob patterns such as 'readouts.*'")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
