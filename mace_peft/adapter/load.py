@@ -31,8 +31,9 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
     if held != source["fingerprint"]:
-        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
-                        f"one given (fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
+        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from those "
+                        "of the one given, or what else its predictions depend on, such as E0s, cutoff or elements "
+                        f"(fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
     try:
         with left_alone_on_error(foundation):
             model = base_for(foundation, description)

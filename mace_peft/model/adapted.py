@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -22,6 +21,7 @@ from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Updated, adapted_blocks, over, plain, put_in
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
+from mace_peft.model.fingerprint import digest
 from mace_peft.model.targets import Target, find_parameters, find_targets
 from mace_peft.restore import restore
 
@@ -197,18 +197,9 @@ def known_originals(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the parameters by name, rounded to float32: the same for a model's float64 and float32 file.
+    """What tells one model from another whose predictions differ, see ``mace_peft.model.fingerprint``.
 
-    Of an adapted model it is that of its base: without the adapters, and with ``train_also`` as it was before.
+    Of an adapted model it is that of its base: without the adapters, with ``train_also``, E0s, scale and shift as they
+    were before.
     """
-    parameters = dict(model.named_parameters())
-    if is_adapted(model):
-        learnt = trainable_parameters(model)
-        for name in learnt:
-            del parameters[name]
-        parameters |= {name: original for name, original in known_originals(model).items() if name in learnt}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(model, known_originals(model) if is_adapted(model) else {})
