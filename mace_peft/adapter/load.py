@@ -12,18 +12,21 @@ from mace_peft.adapter.directory import read_adapter
 from mace_peft.backbones import backbone_of
 from mace_peft.errors import PeftError, one_line
 from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
-from mace_peft.model.inject import eject, inject
+from mace_peft.model.inject import inject, take_adapters_out
+from mace_peft.model.retired import retire
 
 
 def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """The trained model: the foundation with the adapter of the directory, all but its adapters frozen.
+    """Make the foundation the trained model, in place: all but its adapters is frozen then. Returns it.
 
-    The foundation may have another dtype or device than in training. It is adapted in place where the adapter was
-    trained for its elements and heads; else the model is a new one, narrowed as ``mace_run_train`` narrowed it. A
-    foundation that has an adapter already swaps it for this one. No code from the directory runs.
+    The foundation may have another dtype or device than in training. It takes the elements and heads that the adapter
+    was trained for, as ``mace_run_train`` narrowed them: load another adapter, of other elements, onto the foundation's
+    file. What has an adapter already swaps it for this one. An optimizer or a moving average that holds the parameters
+    of the one before goes on with this one if all shapes are the same; else it raises PeftError when it uses them next.
+    No code from the directory runs.
 
-    Raises PeftError if the directory holds no complete adapter, or one that was trained from other weights, and if the
-    foundation is no model.
+    Raises PeftError, and leaves the model as it was, if the directory holds no complete adapter, or one that was
+    trained from another foundation, and if the foundation is no model.
     """
     backbone_of(foundation)
     check_switched_on(foundation)
@@ -31,21 +34,45 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
     if held != source["fingerprint"]:
-        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from those "
-                        "of the one given, or what else its predictions depend on, such as E0s, cutoff or elements "
+        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
+                        "one given, or what else its predictions depend on, such as E0s, cutoff or elements "
                         f"(fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
+    learnt = trainable_parameters(foundation) if is_adapted(foundation) else {}
     try:
         with left_alone_on_error(foundation):
             model = base_for(foundation, description)
             inject(model, config, source)
             fill(model, tensors, complete=True)
             set_energies(model, description)
+            become(foundation, model)
+            keep_parameters(foundation, learnt)
     except PeftError as error:
         raise PeftError(f"the adapter in {directory} does not fit: {error.args[0]}") from None
     except Exception as error:  # elements, heads and numbers that do not go together fail in many ways
         raise PeftError(f"the adapter in {directory} does not fit its foundation ({one_line(error)}): save or copy it "
                         "again") from error
-    return model
+    retire(learnt.values(), foundation)
+    return foundation
+
+
+def become(model: nn.Module, other: nn.Module) -> None:
+    """Make the model the other one: nobody else has that."""
+    if other is not model:
+        other.train(model.training)
+        model.__class__ = type(other)
+        vars(model).clear()
+        vars(model).update(vars(other))
+
+
+def keep_parameters(model: nn.Module, learnt: dict[str, nn.Parameter]) -> None:
+    """Let those of the adapter before be those of this one, for who holds them, if all shapes are the same."""
+    new = trainable_parameters(model)
+    if {name: parameter.shape for name, parameter in learnt.items()} != {name: p.shape for name, p in new.items()}:
+        return
+    for name, parameter in learnt.items():
+        owner, _, key = name.rpartition(".")
+        parameter.data, parameter.grad = new[name].data, None
+        model.get_submodule(owner)._parameters[key] = parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -103,8 +130,11 @@ def base_for(foundation: nn.Module, description: dict) -> nn.Module:
         raise PeftError("the adapter was trained for other heads than the one that it would replace: load it onto "
                         "the foundation")
     if narrowed:
-        return eject(foundation)
-    return backbone.narrow(eject(copy.deepcopy(foundation)), description)
+        return take_adapters_out(foundation)
+    if set(description["elements"]) - set(backbone.describe(foundation)["elements"]):
+        raise PeftError("it was trained for elements that the model has no longer, for it took those of another "
+                        "adapter: load it onto the foundation's file")
+    return backbone.narrow(take_adapters_out(copy.deepcopy(foundation)), description)
 
 
 def set_energies(model: nn.Module, values: dict) -> None:

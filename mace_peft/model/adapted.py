@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from mace_peft.model.fingerprint import digest
 from mace_peft.model.targets import Target, find_parameters, find_targets
 from mace_peft.restore import restore
 
+# the classes that live models have
+CLASSES: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
 # the models whose adapters are off in this context
 SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", default=())
 
@@ -32,14 +34,16 @@ SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", def
 class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
-    With the class come the settings, ``peft_config``. The model has ``peft_foundation``, what it started from (a dict
-    of name, head and fingerprint; None is its own base, see ``origin``); ``peft_base``, the fingerprint of its base
-    then; and ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter``
-    replaces, as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift
-    are those of its base.
+    With the class come the settings, ``peft_config``, and ``peft_folded``: whether low-rank updates were folded into
+    the base while gates stayed. The model has ``peft_foundation``, what it started from (a dict of name, head and
+    fingerprint; None is its own base, see ``origin``); ``peft_base``, by which it knows its base again; and
+    ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
+    as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift are those
+    of its base.
     """
 
     is_made_here = True
+    peft_folded = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -72,13 +76,11 @@ class AdaptedModel(nn.Module):
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
-        return restore, ("model", plain(self), self.peft_config.to_dict()), *state
+        return restore, ("model", plain(self), self.peft_config.to_dict(), self.peft_folded), *state
 
     def __copy__(self):
-        """Modules of its own over the same tensors, but for those that ``eject`` sets: ejecting it changes no other."""
-        shared = [tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())
-                  if name not in self.peft_originals]
-        return copy.deepcopy(self, {id(tensor): tensor for tensor in shared})
+        """A deep copy: to eject, merge or load an adapter, all in place, changes no other model."""
+        return copy.deepcopy(self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shapes = {name: tensor.shape for name, tensor in state_dict.items()}
@@ -91,33 +93,33 @@ class AdaptedModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@functools.cache
-def adapted_model_class(plain: type[nn.Module], config: PeftConfig) -> type[AdaptedModel]:
-    attributes = {"peft_config": config, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (AdaptedModel, plain), attributes)
+def adapted_model_class(plain: type[nn.Module], config: PeftConfig, folded: bool = False) -> type[AdaptedModel]:
+    key = plain, config, folded
+    attributes = {"peft_config": config, "peft_folded": folded, "__module__": plain.__module__,
+                  "__doc__": plain.__doc__}
+    return CLASSES.get(key) or CLASSES.setdefault(key, type(plain.__name__, (AdaptedModel, plain), attributes))
 
 
-def empty_model(plain: type[nn.Module], settings: dict) -> AdaptedModel:
+def empty_model(plain: type[nn.Module], settings: dict, folded: bool) -> AdaptedModel:
     """For ``mace_peft.restore``."""
-    cls = adapted_model_class(plain, PeftConfig(**settings))
+    cls = adapted_model_class(plain, PeftConfig(**settings), folded)
     return cls.__new__(cls)
 
 
-def settle(model: nn.Module, config: PeftConfig, foundation: dict | None) -> None:
+def settle(model: nn.Module, config: PeftConfig, foundation: dict | None, folded: bool = False) -> None:
     """Give the model the class that keeps these settings, and this origin."""
-    model.__class__ = adapted_model_class(plain(model), config)
+    model.__class__ = adapted_model_class(plain(model), config, folded)
     model.peft_foundation = foundation
-    model.peft_base = fingerprint(model)
+    model.peft_base = base_digest(model)
 
 
 def origin(model: AdaptedModel) -> dict:
     """What the model started from: name, head and fingerprint of its foundation.
 
-    That is the model's own base where its weights are no longer those it had: trained, loaded, or rebuilt by MACE.
+    That is the model's own base where that is no longer what it was: trained, loaded, or rebuilt by MACE.
     """
-    base = fingerprint(model)
-    known = model.peft_foundation is not None and model.peft_base == base
-    return model.peft_foundation if known else {"name": None, "fingerprint": base}
+    known = model.peft_foundation is not None and model.peft_base == base_digest(model)
+    return model.peft_foundation if known else {"name": None, "fingerprint": fingerprint(model)}
 
 
 def add_adapters(model: nn.Module, targets: dict[str, Target], config: PeftConfig) -> None:
@@ -152,10 +154,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     It holds for calls of the model in this context: not for other threads, and not for copies and files that are made
     meanwhile, which have their adapters. What trained along, and what ``load_adapter`` set, counts as before. Raises
-    PeftError if there is no adapter.
+    PeftError if there is no adapter, and for a model of which only the gates are left: the updates that are folded into
+    its weights cannot be switched off.
     """
     if not any(off is model for off in SWITCHED_OFF.get()):  # by an outer one
         check_adapted(model)
+    if model.peft_folded:
+        raise PeftError("the low-rank updates of this model are folded into its weights, so that it is not the "
+                        "foundation without its gates: use the foundation itself, or load_adapter(foundation, "
+                        "directory), which folds nothing")
     known_originals(model)
     before = SWITCHED_OFF.set((*SWITCHED_OFF.get(), model))
     try:
@@ -203,3 +210,9 @@ def fingerprint(model: nn.Module) -> str:
     were before.
     """
     return digest(model, known_originals(model) if is_adapted(model) else {})
+
+
+def base_digest(model: nn.Module) -> str:
+    """The fingerprint, but for E0s, scale and shift, which an adapter directory has itself."""
+    carried = {name: torch.zeros(0) for name, _ in backbone_of(model).constants(model).values()}
+    return digest(model, known_originals(model) | carried)

@@ -1,6 +1,7 @@
 """The digest by which an adapter knows its foundation: of all that a prediction depends on, and of nothing else."""
 
 import dataclasses
+import enum
 import functools
 import hashlib
 from argparse import Namespace
@@ -24,7 +25,7 @@ def digest(model: nn.Module, originals: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the parameters, buffers, classes and attributes of all modules, by name, without any adapter.
 
     ``originals`` take the places of tensors of the model. Attributes are numbers, texts, arrays, functions and classes
-    (by their names), and containers, dataclasses and namespaces of these; of any other object it is the class.
+    (by their names), and containers, dataclasses and namespaces of these; no other object counts.
 
     It is the same on every device, in every process, and for a model's float64 and float32 file: numbers are rounded to
     float32. What is None or empty does not count: releases of torch and MACE add such attributes.
@@ -99,7 +100,7 @@ def pieces(value: object, known: Collection[int], inside: tuple[int, ...] = ()) 
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from contained(((field.name, getattr(value, field.name)) for field in dataclasses.fields(value)), known,
                              inside)
-    else:  # functions and classes have names, and so have TorchScript's functions and the values of an Enum
+    elif callable(value) or isinstance(value, enum.Enum):  # TorchScript's functions have no __name__
         yield str(getattr(value, "__name__", None) or getattr(value, "name", None) or type(value).__name__).encode()
 
 

@@ -21,6 +21,7 @@ from mace_peft.model.adapted import (
     settle,
     trainable_parameters,
 )
+from mace_peft.model.retired import retire
 from mace_peft.model.targets import Target, find_parameters, find_targets
 
 
@@ -44,10 +45,15 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Freeze all but what the fine-tune trains. Returns the model."""
-    model.requires_grad_(False)
-    for parameter in trainable_parameters(model).values():
-        parameter.requires_grad_(True)
+    """Freeze all but what the fine-tune trains. Returns the model.
+
+    An optimizer that was made before has no gradients left to move the base by.
+    """
+    learns = {id(parameter) for parameter in trainable_parameters(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learns)
+        if id(parameter) not in learns:
+            parameter.grad = None
     return model
 
 
@@ -102,14 +108,23 @@ def check_rank(model: nn.Module, targets: dict[str, Target], config: PeftConfig)
                         f"rank here is {largest[widest]}")
 
 
-@torch.no_grad()
 def eject(model: nn.Module) -> nn.Module:
     """Take the adapters out: the base as it was, every parameter trainable. Returns the model.
 
     What trained along, and what ``load_adapter`` set, is as it was before. Updates that ``fold`` has put into the
-    weights stay there. Raises PeftError if there is no adapter.
+    weights stay there. An optimizer or a moving average that holds parameters of the adapters raises PeftError when it
+    uses them next. Raises PeftError if there is no adapter.
     """
     check_adapted(model)
+    learnt = trainable_parameters(model)
+    take_adapters_out(model)
+    retire(learnt.values(), model)
+    return model
+
+
+@torch.no_grad()
+def take_adapters_out(model: nn.Module) -> nn.Module:
+    """``eject``, but an optimizer may go on with the parameters. Returns the model."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, original in known_originals(model).items():
         # no copy into the tensor, of which a backward pass that is still to come may need the version that it was
@@ -122,6 +137,7 @@ def eject(model: nn.Module) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Fold low-rank updates and scales into the weights: a plain model of the same predictions. Returns it.
 
+    An optimizer or a moving average that holds parameters of the adapters raises PeftError when it uses them next.
     Raises PeftError if there is no adapter, or if one is a gate that atoms drive.
     """
     check_adapted(model)
@@ -137,10 +153,12 @@ def fold(model: nn.Module) -> nn.Module:
 
     Gates that stay have a new base then, and the model's settings name them.
     """
+    learnt = trainable_parameters(model)
     updated = [block for block in adapted_blocks(model).values() if isinstance(block, Updated)]
     for block in updated:
         block.fold()
         take_out(block)
+    retire(learnt.values(), model)
     gates = adapted_blocks(model)
     if not gates:
         return forget(model)
@@ -152,7 +170,7 @@ def fold(model: nn.Module) -> nn.Module:
         if config.rank_pattern is not None:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)
-        settle(model, config, None)
+        settle(model, config, None, folded=True)
     return model
 
 
