@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
+from ase import Atoms
 from ase.calculators.calculator import all_changes
 from mace.calculators import LAMMPS_MACE, MACECalculator
 from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
@@ -25,10 +27,14 @@ from mace_peft.model.inject import fold
 
 
 class AdaptedCalculator(MACECalculator):
-    """MACE's calculator, which refuses elements that the adapter has never seen.
+    """MACE's calculator, which refuses elements that the adapter has never seen, and predictions that are no numbers.
 
-    ``calculate`` raises PeftError for them.
+    ``calculate`` raises PeftError for them, with the directory of the ``adapter``.
     """
+
+    def __init__(self, *args, adapter: str | os.PathLike, **options):
+        super().__init__(*args, **options)
+        self.adapter = adapter
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         numbers = [] if atoms is None else atoms.numbers.tolist()
@@ -36,7 +42,23 @@ class AdaptedCalculator(MACECalculator):
         if new:
             raise PeftError(f"the structure has {symbols(new)}, and the adapter was trained for "
                             f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
+        if atoms is not None and not (is_finite(atoms.positions) and is_finite(atoms.cell.array)):
+            raise PeftError(f"{name_of(atoms)} has positions or a cell of NaN or infinity: correct the structure")
         super().calculate(atoms, properties, system_changes)
+        odd = [name for name, value in self.results.items() if not is_finite(value)]
+        if odd:
+            self.reset()  # or ASE would give what is left to who asks next
+            raise PeftError(f"the adapter {self.adapter} gives {', '.join(odd)} of NaN or infinity for "
+                            f"{name_of(atoms)}, which may be unlike all that it was trained for, or have atoms upon "
+                            "one another: check the structure, or use the foundation")
+
+
+def is_finite(value: object) -> bool:
+    return value is None or bool(np.isfinite(np.asarray(value, dtype=float)).all())
+
+
+def name_of(atoms: Atoms | None) -> str:
+    return "the structure" if atoms is None else f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)"
 
 
 def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, **options) -> MACECalculator:
@@ -46,11 +68,12 @@ def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.Path
     changed. adapter: the adapter directory. options: those of ``MACECalculator``, such as ``device`` and ``head``;
     ``default_dtype`` is that of the training unless given.
 
-    Raises PeftError where ``load_adapter`` does, and for a foundation that cannot be loaded.
+    Raises PeftError where ``load_adapter`` does, and for a foundation that cannot be loaded. The calculator raises it
+    for a structure with elements that the adapter was not trained for, and for a prediction of NaN or infinity.
     """
     model = deployable(foundation, adapter, options.pop("default_dtype", None))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return AdaptedCalculator(models=[model], default_dtype=dtype, **options)
+    return AdaptedCalculator(models=[model], default_dtype=dtype, adapter=adapter, **options)
 
 
 def deployable(
@@ -95,6 +118,9 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
         raise PeftError(f"{out} cannot be written, for it is a directory: give the name of a file")
     if path.exists() and Path(foundation).exists() and path.samefile(foundation):
         raise PeftError(f"{out} is the foundation, which the adapter needs: give another file name")
+    if is_part_of(path, Path(adapter)):
+        raise PeftError(f"{out} is in the directory of the adapter or a link to a file of it, which it would destroy: "
+                        "give another file name")
     with tqdm(total=3, desc="load", disable=None) as progress:
         model = deployable(foundation, adapter)
         head = choose_head(model, head, format)
@@ -112,6 +138,14 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
         write_complete(path, content.getbuffer(), remedy=REMEDY)
         progress.update(2)
     return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"
+
+
+def is_part_of(path: Path, adapter: Path) -> bool:
+    """Whether the path, or what it links to, is in the adapter's directory."""
+    if adapter.resolve() in (path.resolve().parent, path.parent.resolve()):
+        return True
+    files = adapter.iterdir() if path.exists() and adapter.is_dir() else ()
+    return any(file.exists() and path.samefile(file) for file in files)  # hard links, too
 
 
 def choose_head(model: nn.Module, head: str | None, format: str) -> str:

@@ -1,0 +1,100 @@
+"""What the calculator, its model and ``export`` do where something is not as it should be."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_load import randomise
+from tiny import configurations, predict, tiny_mace
+
+from mace_peft import PeftConfig, PeftError, calculator, disable_adapter, inject, load_adapter, save_adapter
+from mace_peft.backbones.foundation import rebuild
+from mace_peft.deploy import export
+from mace_peft.model.adapted import fingerprint
+
+STRUCTURES = configurations(1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A foundation and an adapter of gates and low-rank updates."""
+    torch.save(tiny_mace(), tmp_path / "foundation.model")
+    save_adapter(randomise(inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="published"))), tmp_path / "mine")
+    return tmp_path
+
+
+# --- predictions that are not finite ----------------------------------------------------------------------------------
+
+
+def exploding(folder):
+    """The calculator of an adapter whose gates overflow."""
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, targets="products"))
+    with torch.no_grad():
+        for block in model.products:
+            block.adapter.b2.fill_(1e4)
+    save_adapter(model, folder / "exploding")
+    return calculator(tiny_mace(), folder / "exploding")
+
+
+@pytest.mark.parametrize("ask", ["get_potential_energy", "get_forces"])
+def test_a_prediction_that_is_no_number_names_the_adapter_and_the_structure(folder, ask):
+    atoms = STRUCTURES[0].copy()
+    atoms.calc = exploding(folder)
+    for _ in range(2):  # nothing is left for who asks again
+        with pytest.raises(PeftError, match=r"the adapter .*exploding gives energy, .*forces.* of NaN or infinity for "
+                                            r"CH4O \(6 atoms\), .*: check the structure, or use the foundation$"):
+            getattr(atoms, ask)()
+    assert not atoms.calc.results
+
+
+@pytest.mark.parametrize("spoil", [lambda atoms: atoms.positions.__setitem__((0, 0), np.nan),
+                                   lambda atoms: atoms.set_cell(np.diag([np.inf] * 3))], ids=["positions", "cell"])
+def test_a_structure_that_is_no_numbers_is_named(folder, spoil):
+    atoms = STRUCTURES[0].copy()
+    atoms.calc = calculator(tiny_mace(), folder / "mine")
+    spoil(atoms)
+    with pytest.raises(PeftError, match=r"CH4O \(6 atoms\) has positions or a cell of NaN or infinity"):
+        atoms.get_potential_energy()
+
+
+# --- updates that are folded ------------------------------------------------------------------------------------------
+
+
+def test_gates_whose_updates_are_folded_cannot_be_switched_off(folder, tmp_path):
+    model = calculator(tiny_mace(), folder / "mine").models[0]
+    torch.save(model, tmp_path / "folded.model")
+    rebuilt = rebuild(model, model.atomic_numbers.tolist(), ["Default"], [[-1.0, -2.0, -3.0]])
+    for folded in (model, torch.load(tmp_path / "folded.model", weights_only=False), rebuilt):
+        with pytest.raises(PeftError, match="updates of this model are folded into its weights, .* use the foundation"):
+            disable_adapter(folded).__enter__()
+    loaded = load_adapter(tiny_mace(), folder / "mine")
+    with disable_adapter(loaded):
+        assert all(torch.equal(one, other) for one, other in
+                   zip(predict(loaded, STRUCTURES), predict(tiny_mace(), STRUCTURES), strict=True))
+
+
+def test_gates_alone_are_switched_off_in_a_calculator(tmp_path):
+    save_adapter(randomise(inject(tiny_mace(), PeftConfig("gates", rank=2))), tmp_path)
+    model = calculator(tiny_mace(), tmp_path).models[0]
+    with disable_adapter(model):
+        assert all(torch.equal(one, other) for one, other in
+                   zip(predict(model, STRUCTURES), predict(tiny_mace(), STRUCTURES), strict=True))
+    assert fingerprint(model) == fingerprint(tiny_mace())
+
+
+# --- what export would destroy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [
+    "mine/adapter_model.safetensors", "mine/adapter_config.json", "mine/new.model", "linked/adapter_config.json",
+    "soft_link", "hard_link", "mine/../mine/adapter_config.json"])
+def test_an_export_over_the_adapter_is_refused(folder, out):
+    (folder / "linked").symlink_to("mine")
+    (folder / "soft_link").symlink_to("mine/adapter_model.safetensors")
+    os.link(folder / "mine/adapter_config.json", folder / "hard_link")
+    before = {path.name: path.read_bytes() for path in (folder / "mine").iterdir()}
+    for adapter in ("mine", "linked"):
+        with pytest.raises(PeftError, match="is in the directory of the adapter or a link to a file of it"):
+            export(str(folder / "foundation.model"), str(folder / adapter), str(folder / out), "model")
+    assert {path.name: path.read_bytes() for path in (folder / "mine").iterdir()} == before
