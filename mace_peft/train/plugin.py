@@ -11,6 +11,7 @@ import types
 from mace_peft.errors import PeftError
 from mace_peft.patching import replaced
 from mace_peft.train.options import add_options, check_options, checkpoints_begin, read_settings, settle_cueq, stop
+from mace_peft.train.sole_run import refuse_running, sole_run
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
@@ -30,6 +31,7 @@ def install(run_train: types.ModuleType) -> None:
         try:
             settings = read_settings(args)
             if settings is None:
+                refuse_running(args)
                 refuse_checkpoints(args)
                 configure = functools.partial(refuse_adapted, run_train.configure_model)
                 with replaced(run_train, "configure_model", configure):
@@ -43,7 +45,7 @@ def install(run_train: types.ModuleType) -> None:
 
             fast = settings.pop("fast")
             fine_tune = FineTune(run_train, args, find_start(args, settings), fast)
-            with replaced_names(run_train, fine_tune, fast):
+            with sole_run(args), replaced_names(run_train, fine_tune, fast):
                 return original_run(args)
         except PeftError as error:
             stop(error)

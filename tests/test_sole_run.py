@@ -1,0 +1,161 @@
+"""Two runs of one name do not touch each other's files."""
+
+import argparse
+import contextlib
+import errno
+import os
+import time
+import unittest.mock
+from pathlib import Path
+
+import pytest
+import torch
+from forks import SERVER, Forked
+from runs import NAME, SEED, arguments, finish, train_here, write_inputs
+
+from mace_peft import PeftError
+from mace_peft.train import sole_run as module
+from mace_peft.train.sole_run import lock_files, refuse_running, sole_run
+
+PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": 1}
+GOING_ON = r"a run of the same --name is going on \(process \d+ on .*\), which writes to .*: wait for its end"
+
+
+def options(folder, **changed):
+    directories = dict.fromkeys(("model_dir", "log_dir", "checkpoints_dir", "results_dir"))
+    return argparse.Namespace(**{"name": NAME, "seed": SEED, "work_dir": str(folder), **directories,
+                                 "distributed": False, "swa": True, **changed})
+
+
+def hold(args, ready):
+    """A process of its own: locks are those of processes."""
+    with sole_run(args):
+        Path(ready).touch()
+        time.sleep(600)
+
+
+@contextlib.contextmanager
+def running(folder, **changed):
+    """Another run has the locks; gives its process."""
+    ready = folder / "ready"
+    process = SERVER.Process(target=hold, args=(options(folder, **changed), ready))
+    process.start()
+    while not ready.exists():
+        time.sleep(0.01)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        ready.unlink()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("peft", [PEFT, {"max_num_epochs": 1}], ids=["with", "without"])
+def test_a_second_run_stops_before_it_writes_anything(inputs, tmp_path, capsys, peft):
+    with running(tmp_path):
+        before = files(tmp_path)
+        with pytest.raises(SystemExit, match="2"):
+            train_here(inputs, work_dir=tmp_path, **peft)
+        assert files(tmp_path) == before
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "a run of the same --name is going on (process" in said[0]
+
+
+@pytest.mark.parametrize("changed, goes", [
+    ({"name": "other"}, True), ({"work_dir": "elsewhere"}, True), ({"seed": 2}, False),
+    ({"work_dir": "elsewhere", "model_dir": "."}, False), ({"work_dir": "elsewhere", "log_dir": "logs"}, False),
+    ({"work_dir": "elsewhere", "checkpoints_dir": "checkpoints"}, False),
+    ({"seed": 2, "model_dir": "elsewhere"}, True), ({"name": f"{NAME}_stagetwo"}, False)], ids=str)
+def test_runs_stop_each_other_where_they_write_to_the_same_files(tmp_path, changed, goes):
+    changed = {name: str(tmp_path / value) if name.endswith("_dir") else value for name, value in changed.items()}
+    with running(tmp_path):
+        for check in (lambda args: sole_run(args).__enter__(), refuse_running):
+            with contextlib.nullcontext() if goes else pytest.raises(PeftError, match=GOING_ON):
+                check(options(tmp_path, **changed))
+
+
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
+    with running(tmp_path) as process:
+        process.kill()
+        process.join()
+        assert all(path.exists() for path in lock_files(options(tmp_path)))
+        with sole_run(options(tmp_path)):
+            pass
+    assert not any(path.exists() for path in lock_files(options(tmp_path)))
+
+
+def test_a_file_that_its_run_removes_meanwhile_is_no_lock(tmp_path):
+    path, opened = tmp_path / "lock", []
+
+    def removed_first(file, path, original=module.take_lock):
+        original(file, path)
+        if not opened:
+            path.unlink()
+        opened.append(file)
+
+    with unittest.mock.patch.object(module, "take_lock", removed_first):
+        file = module.open_locked(path)
+    assert len(opened) == 2 and opened[0].closed and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    file.close()
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_of_several_processes_the_first_has_the_lock(tmp_path, monkeypatch, name):
+    for other in module.RANKS:
+        monkeypatch.delenv(other, raising=False)
+    with running(tmp_path):
+        monkeypatch.setenv(name, "1")
+        with sole_run(options(tmp_path, distributed=True)):
+            pass
+        monkeypatch.setenv(name, "0")
+        with pytest.raises(PeftError, match=GOING_ON):
+            sole_run(options(tmp_path, distributed=True)).__enter__()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path):
+    error = OSError(errno.ENOLCK, "No locks available")
+    with unittest.mock.patch.object(module.fcntl, "lockf", side_effect=error), \
+            pytest.warns(UserWarning, match="has no locks: start no second run of this name"), \
+            sole_run(options(tmp_path)):
+        pass
+
+
+def test_without_such_locks_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fcntl", None)
+    refuse_running(options(tmp_path))
+    with sole_run(options(tmp_path)):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / f".{NAME}.lock").symlink_to(target)
+    with pytest.raises(PeftError, match="cannot be written"):
+        sole_run(options(tmp_path)).__enter__()
+    assert target.read_text() == "precious"
+
+
+def test_of_two_equal_runs_that_start_together_one_ends_with_its_own(inputs, tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    started = [Forked(folder, arguments(inputs, work_dir=tmp_path / "shared", lr=lr, **PEFT))
+               for folder, lr in zip(folders, (0.01, 0.02), strict=True)]
+    runs = [finish(folder, process) for folder, process in zip(folders, started, strict=True)]
+    winner = [run.returncode for run in runs].index(0)
+    assert runs[1 - winner].returncode == 2 and "is going on" in runs[1 - winner].stderr
+    alone = train_here(inputs, work_dir=tmp_path / "alone", lr=(0.01, 0.02)[winner], **PEFT)
+    saved = [torch.load(folder / f"{NAME}.model", weights_only=False).state_dict()
+             for folder in (tmp_path / "shared", tmp_path / "alone")]
+    assert alone and all(torch.equal(saved[0][name], saved[1][name]) for name in saved[1])
+    assert not list(tmp_path.glob("shared/**/*.lock"))
