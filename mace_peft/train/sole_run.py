@@ -39,7 +39,7 @@ def sole_run(args: argparse.Namespace) -> Iterator[None]:
 
 
 def refuse_running(args: argparse.Namespace) -> None:
-    """Raise PeftError if a run with ``--peft`` writes to files of the same names: for one without, which has no locks."""
+    """Raise PeftError if a run with ``--peft`` writes to files of the same names. One without has no lock itself."""
     for path in lock_files(args) if fcntl is not None else ():
         with contextlib.suppress(OSError), open(path, "r+") as file:
             take_lock(file, path)
