@@ -186,3 +186,36 @@ def test_settings_that_no_model_has_any_more_leave_nothing():
         eject(inject(model, PeftConfig("elora", rank=1, alpha=number / 7, targets="readouts.0.linear")))
     gc.collect()
     assert len(CLASSES) == before
+
+
+def test_narrowing_again_makes_no_new_model(tmp_path):
+    """Each model that is made costs memory for good, see ``new_model``."""
+    expected = [predict(save_narrowed(tmp_path / str(seed), (1, 8), seed), WATER) for seed in (1, 2)]
+    made = []
+
+    class Counted(type(tiny_mace())):
+        def __init__(self, **options):
+            super().__init__(**options)
+            made.append(self)
+
+    for seed in (1, 2, 1):
+        foundation = tiny_mace(elements=ELEMENTS)
+        foundation.__class__ = Counted
+        Counted.__name__ = "ScaleShiftMACE"
+        load_adapter(foundation, tmp_path / str(seed))
+        assert same(predict(foundation, WATER), expected[seed - 1])
+    assert len(made) == 1
+
+
+def test_swaps_and_loads_leave_nothing(folder):
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
+
+    model = load_adapter(tiny_mace(), folder / "a")
+    counts = []
+    for _ in range(3):
+        for name in "ab":
+            load_adapter(model, folder / name)
+        counts.append(objects())
+    assert counts[2] <= counts[1]

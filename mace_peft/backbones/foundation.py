@@ -19,6 +19,8 @@ from torch import nn
 
 from mace_peft.errors import PeftError, one_line
 
+LAST_MADE: dict[tuple, nn.Module] = {}  # one, see ``new_model``
+
 
 def load_foundation(name: str, dtype: str = "") -> nn.Module:
     """The MACE model of that file, in its own dtype, or of a name that MACE knows, on the CPU.
@@ -100,9 +102,28 @@ def rebuild(
             "atomic_energies": np.array(atomic_energies),
             "atomic_inter_scale": [1.0] * len(heads), "atomic_inter_shift": [0.0] * len(heads),
         }
-        model = load_foundations_elements(type(foundation)(**config), foundation, AtomicNumberTable(elements),
+        model = load_foundations_elements(new_model(type(foundation), config), foundation, AtomicNumberTable(elements),
                                           load_readout=True, max_L=config["hidden_irreps"].lmax)
     return take_over_rest(model, foundation).to(next(foundation.parameters()).device)
+
+
+def new_model(cls: type[nn.Module], config: dict) -> nn.Module:
+    """``cls(**config)``, but the model of the last call is copied where only E0s differ. Its weights may be any.
+
+    Each model that is made costs memory until the process ends: TorchScript keeps what it has once compiled.
+    """
+    shape = {name: value for name, value in config.items() if name != "atomic_energies"}
+    key = cls, torch.get_default_dtype(), repr(sorted(shape.items()))
+    if key not in LAST_MADE:
+        made = cls(**config)
+        LAST_MADE.clear()
+        LAST_MADE[key] = made
+    made = LAST_MADE[key]
+    code = [module for module in made.modules() if isinstance(module, torch.fx.GraphModule) and not module.state_dict()]
+    model = copy.deepcopy(made, {id(module): module for module in code})  # which has no state, and costs memory, too
+    energies = model.atomic_energies_fn.atomic_energies
+    energies.copy_(torch.as_tensor(config["atomic_energies"]).reshape(energies.shape))
+    return model
 
 
 def take_over_rest(model: nn.Module, foundation: nn.Module) -> nn.Module:
