@@ -56,12 +56,11 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
 
 
 def become(model: nn.Module, other: nn.Module) -> None:
-    """Make the model the other one: nobody else has that."""
+    """Make the model the other one, which nobody else has. What users have given it stays: hooks, and attributes."""
     if other is not model:
         other.train(model.training)
         model.__class__ = type(other)
-        vars(model).clear()
-        vars(model).update(vars(other))
+        vars(model).update({name: value for name, value in vars(other).items() if "hook" not in name})
 
 
 def keep_parameters(model: nn.Module, learnt: dict[str, nn.Parameter]) -> None:

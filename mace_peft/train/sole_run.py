@@ -53,11 +53,11 @@ def is_first(args: argparse.Namespace) -> bool:
 def lock_files(args: argparse.Namespace) -> list[Path]:
     """A hidden file in each directory that a run writes to, in an order that is the same for all runs."""
     tag = f"{args.name}_run-{args.seed}"
-    stages = ("", "_stagetwo") if args.swa else ("",)
+    stages = ("", "_stagetwo") if getattr(args, "swa", False) else ("",)  # here and below: whatever the release
     # model and adapter have no seed in their names
-    paths = {Path(args.model_dir or args.work_dir, f".{args.name}{stage}.lock") for stage in stages}
+    paths = {Path(getattr(args, "model_dir", None) or args.work_dir, f".{args.name}{stage}.lock") for stage in stages}
     for name, inside in {"checkpoints_dir": "checkpoints", "results_dir": "results", "log_dir": "logs"}.items():
-        paths.add(Path(getattr(args, name) or Path(args.work_dir, inside), f".{tag}.lock"))
+        paths.add(Path(getattr(args, name, None) or Path(args.work_dir, inside), f".{tag}.lock"))
     return sorted(path.absolute() for path in paths)
 
 
