@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from mace.tools.scripts_utils import extract_config_mace_model
 from test_load import randomise
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, calculator, disable_adapter, inject, load_adapter, save_adapter
-from mace_peft.backbones.foundation import rebuild
 from mace_peft.deploy import export
 from mace_peft.model.adapted import fingerprint
 
@@ -64,7 +64,7 @@ def test_a_structure_that_is_no_numbers_is_named(folder, spoil):
 def test_gates_whose_updates_are_folded_cannot_be_switched_off(folder, tmp_path):
     model = calculator(tiny_mace(), folder / "mine").models[0]
     torch.save(model, tmp_path / "folded.model")
-    rebuilt = rebuild(model, model.atomic_numbers.tolist(), ["Default"], [[-1.0, -2.0, -3.0]])
+    rebuilt = type(model)(**extract_config_mace_model(model))  # as MACE does
     for folded in (model, torch.load(tmp_path / "folded.model", weights_only=False), rebuilt):
         with pytest.raises(PeftError, match="updates of this model are folded into its weights, .* use the foundation"):
             disable_adapter(folded).__enter__()
