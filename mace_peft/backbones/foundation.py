@@ -115,7 +115,8 @@ def new_model(cls: type[nn.Module], config: dict) -> nn.Module:
     shape = {name: value for name, value in config.items() if name != "atomic_energies"}
     key = cls, torch.get_default_dtype(), repr(sorted(shape.items()))
     if key not in LAST_MADE:
-        made = cls(**config)
+        with torch.random.fork_rng(devices=()):  # or what is drawn next would depend on what was loaded before
+            made = cls(**config)
         LAST_MADE.clear()
         LAST_MADE[key] = made
     made = LAST_MADE[key]
