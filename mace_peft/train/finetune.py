@@ -1,5 +1,6 @@
 """A fine-tune inside ``mace_run_train``: what stands in for the names of ``mace_peft.train.seams`` while it lasts."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -25,6 +26,7 @@ from mace_peft.train.not_finite import FiniteLosses
 from mace_peft.train.options import adapter_directory
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.seams import originals
+from mace_peft.train.stage_two import begin_stage_two, warm_up
 from mace_peft.train.start import Start, check_elements, check_heads, go_on
 
 
@@ -60,6 +62,14 @@ class FineTune:
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def train_one_epoch(self, *, optimizer: torch.optim.Optimizer, epoch: int, **kwargs) -> None:
+        """Stage two has moments of its own."""
+        stage_two = self.args.swa and epoch >= self.args.start_swa
+        if stage_two:
+            begin_stage_two(optimizer)
+        with warm_up(optimizer) if stage_two else contextlib.nullcontext():
+            self.losses.train_one_epoch(optimizer=optimizer, epoch=epoch, **kwargs)
 
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""

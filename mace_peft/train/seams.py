@@ -54,7 +54,7 @@ SEAMS = (
     Seam("run_train", "apply_pseudolabels_to_pt_head_configs", "apply_pseudolabels", since="0.3.14"),
     Seam("run_train.tools", "CheckpointHandler", "CheckpointHandler"),
     Seam("run_train.data", "estimate_e0s_from_foundation", "estimate_e0s", since="0.3.15"),
-    Seam("mace.tools.train", "train_one_epoch", "losses.train_one_epoch"),
+    Seam("mace.tools.train", "train_one_epoch", "train_one_epoch"),
     Seam("mace.tools.train", "take_step", "losses.take_step"),
     Seam("mace.tools.train", "take_step_lbfgs", "losses.take_step_lbfgs"),
     Seam("mace.tools.train", "evaluate", "evaluate"),
