@@ -66,7 +66,7 @@ def by_hand(given, make_optimizer=adam, epochs=EPOCHS, loss=None, clip=10.0, sch
     """The adapters after a loop over the batches, as plain as can be.
 
     metrics: what the scheduler takes at the end of each epoch; average: the decay of the moving average; stage_two:
-    its first epoch, loss and learning rate; quantities: what the model computes beside energies and forces.
+    its first epoch, loss and learning rate, which rises over 100 steps of a new optimizer; quantities: what the model computes beside energies and forces.
     """
     model, loader = copy.deepcopy(given["model"]), given["train_loader"]
     learnt = {name: parameter for name, parameter in model.named_parameters() if ".adapter." in name}
@@ -76,8 +76,7 @@ def by_hand(given, make_optimizer=adam, epochs=EPOCHS, loss=None, clip=10.0, sch
     loader.generator.set_state(given["order"])
     for epoch in range(epochs):
         if stage_two and epoch == stage_two[0]:
-            loss = stage_two[1]
-            optimizer.param_groups[0]["lr"] = stage_two[2]
+            loss, optimizer, warm = stage_two[1], make_optimizer(list(learnt.values())), iter(range(1, 1000))
         getattr(optimizer, "train", lambda: None)()
         for step in [list(loader)] if isinstance(optimizer, LBFGS) else [[batch] for batch in loader]:
             def closure(step=step, loss=loss):
@@ -88,6 +87,8 @@ def by_hand(given, make_optimizer=adam, epochs=EPOCHS, loss=None, clip=10.0, sch
                 if clip:
                     torch.nn.utils.clip_grad_norm_(learnt.values(), clip)
                 return total / len(step)
+            if stage_two and epoch >= stage_two[0]:
+                optimizer.param_groups[0]["lr"] = stage_two[2] * min(1, next(warm) / 100)
             optimizer.step(closure)
             if ema:
                 ema.update()
