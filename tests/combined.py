@@ -1,13 +1,11 @@
 """Fine-tunes with a feature of MACE, and what each has to leave whichever that is."""
 
 import contextlib
-import unittest.mock
 from pathlib import Path
 
 import torch
-from mace.cli import run_train
 from releases import since
-from runs import MOLECULE, NAME, STAGES, Run, train_here, write_inputs
+from runs import MOLECULE, NAME, STAGES, Run, around_training, train_here, write_inputs
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft import disable_adapter, load_adapter
@@ -37,14 +35,14 @@ def fine_tune(inputs: Path, name: str, *flags: str, **options) -> Run:
 
 def train_only(inputs: Path, name: str, *flags: str, **options) -> tuple[Run, dict]:
     """A run that ends with the training, of which only checkpoints are left; and what MACE's training was given."""
-    run, given, train = Run(inputs / name), {}, run_train.tools.train
+    run, given = Run(inputs / name), {}
 
-    def train_and_stop(**arguments):
+    def train_and_stop(train, **arguments):
         given.update(arguments)
         train(**arguments)
         raise KeyboardInterrupt
 
-    with unittest.mock.patch.object(run_train.tools, "train", train_and_stop), contextlib.suppress(KeyboardInterrupt):
+    with around_training(train_and_stop), contextlib.suppress(KeyboardInterrupt):
         train_here(inputs, *flags, **PEFT | {"work_dir": run.folder} | options)
     check_base(run, False, inputs / "foundation.model")
     return run, given

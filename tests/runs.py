@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 import ase.io
@@ -22,7 +23,7 @@ from mace.cli import run_train
 from safetensors.torch import load_file
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft.train import plugin
+from mace_peft.train import finetune, loop, plugin
 
 NAME, SEED = "run", 1
 MOLECULE = "CH3OH"  # all elements of the foundation
@@ -182,13 +183,30 @@ def reach_training(folder: Path, *flags: str, **options) -> dict:
     """
     given = {}
 
-    def train(**arguments):
+    def of_mace(**arguments):
         given.update(arguments)
         raise KeyboardInterrupt
 
-    with unittest.mock.patch.object(run_train.tools, "train", train), contextlib.suppress(KeyboardInterrupt):
+    def of_peft(run, checkpoints, progress):  # after a restart has put back what it goes on from
+        of_mace(**vars(run) | {"start_epoch": progress.epoch})
+
+    with (unittest.mock.patch.object(run_train.tools, "train", of_mace), contextlib.suppress(KeyboardInterrupt),
+          unittest.mock.patch.object(loop, "train_epoch", of_peft)):
         train_here(folder, *flags, **{"work_dir": folder / "reached"} | options)
     return given
+
+
+@contextlib.contextmanager
+def around_training(call: Callable):
+    """In the place of the training loop, MACE's or that of ``--peft``, call this with it and its keyword arguments."""
+    of_mace, of_peft = run_train.tools.train, finetune.train
+
+    def stand_in(checkpoints, restart, **arguments):
+        return call(functools.partial(of_peft, checkpoints, restart), **arguments)
+
+    with (unittest.mock.patch.object(run_train.tools, "train", functools.partial(call, of_mace)),
+          unittest.mock.patch.object(finetune, "train", stand_in)):
+        yield
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def by_hand(given, make_optimizer=adam, epochs=EPOCHS, loss=None, clip=10.0, sch
     """The adapters after a loop over the batches, as plain as can be.
 
     metrics: what the scheduler takes at the end of each epoch; average: the decay of the moving average; stage_two:
-    its first epoch, loss and learning rate, which rises over 100 steps of a new optimizer; quantities: what the model computes beside energies and forces.
+    its first epoch, loss and learning rate, which rises over 100 steps of a new optimizer; quantities: what the model
+    computes beside energies and forces.
     """
     model, loader = copy.deepcopy(given["model"]), given["train_loader"]
     learnt = {name: parameter for name, parameter in model.named_parameters() if ".adapter." in name}
@@ -79,7 +80,7 @@ def by_hand(given, make_optimizer=adam, epochs=EPOCHS, loss=None, clip=10.0, sch
             loss, optimizer, warm = stage_two[1], make_optimizer(list(learnt.values())), iter(range(1, 1000))
         getattr(optimizer, "train", lambda: None)()
         for step in [list(loader)] if isinstance(optimizer, LBFGS) else [[batch] for batch in loader]:
-            def closure(step=step, loss=loss):
+            def closure(step=step, loss=loss, optimizer=optimizer):
                 optimizer.zero_grad()
                 outputs = [model(batch.to_dict(), training=True, compute_force=True, **quantities) for batch in step]
                 total = sum(loss(pred=output, ref=batch) for output, batch in zip(outputs, step, strict=True))

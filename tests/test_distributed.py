@@ -19,7 +19,7 @@ from mace import modules
 from mace.cli import run_train
 from mace.tools import torch_geometric
 from releases import since
-from runs import Run, arguments, default_foundation, write_inputs
+from runs import Run, arguments, around_training, default_foundation, write_inputs
 from tiny import batch, configurations, randomise
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,17 +156,18 @@ def run_rank(folder: Path, rank: int, size: int, launcher: str, argv: list[str],
     os.environ.update(environment(launcher, rank, size))
     torch.distributed.init_process_group = torch.cuda.set_device = lambda *args, **kwargs: None  # mace-torch 0.3.13
     run_train.DDP = lambda model, device_ids: DistributedDataParallel(model)
-    train, own = run_train.tools.train, folder / f"rank{rank}"
+    own = folder / f"rank{rank}"
 
-    def observed(*, model, **kwargs):
-        train(model=model, **kwargs)
+    def observed(train, *, model, **kwargs):
+        progress = train(model=model, **kwargs)
         torch.save({name: p.detach() for name, p in trainable_parameters(model).items()}, own / "trained.pt")
         if not whole:
             os._exit(0)
+        return progress
 
-    run_train.tools.train = observed
     own.mkdir(exist_ok=True)
-    run_command(own, argv)
+    with around_training(observed):
+        run_command(own, argv)
 
 
 @dataclasses.dataclass

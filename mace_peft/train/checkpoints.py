@@ -1,96 +1,178 @@
-"""MACE's checkpoints, with what trains and its settings in the place of the whole model."""
+"""MACE's checkpoints, with what trains and its settings in the place of the whole model, and what a restart needs.
+
+A checkpoint holds the weights that were evaluated: with ``--ema`` their moving averages. The raw ones, the state of the
+average, the order of the batches and the progress of the run are in it too, and after every epoch in a file of its own,
+from which ``--restart_latest`` goes on.
+"""
 
 import argparse
+import contextlib
 import dataclasses
-import io
 import logging
 import math
 import os
+from collections.abc import Iterator
 
 import torch
-from mace.tools import CheckpointHandler, CheckpointIO, CheckpointState, get_tag
+from mace.tools import CheckpointHandler, CheckpointState, get_tag
 
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
-from mace_peft.files import one_line_errors, write_complete
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.options import stop
+from mace_peft.train.checkpoint_files import CompleteCheckpointIO
+from mace_peft.train.progress import Progress, Stage
 
 CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins MACE's contractions into one
+REMEDY = "restart with the options it was made with, or give this run another --name"
 
 
 class AdapterCheckpointHandler(CheckpointHandler):
     """Saves the settings with each checkpoint, and loads only checkpoints of the same settings and the same base.
 
-    ``mace_run_train --restart_latest`` swallows every Exception of ``load_latest`` and starts at epoch 0: so a
-    checkpoint that does not fit stops the command. ``stage_two`` tells which stage was loaded last.
+    ``progress`` is None until the training begins; ``stage_two`` tells which stage's result was loaded last.
     """
 
     def __init__(self, *args, config: PeftConfig, options: argparse.Namespace, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.io = CompleteCheckpointIO(*args, **kwargs)
         self.config = config
-        self.lbfgs = options.lbfgs
+        self.keep = self.io.keep or options.save_all_checkpoints
+        self.progress: Progress | None = None
         self.stage_two = False
+        self.base: dict[str, dict] = {}  # measures, which take a while
         if not options.restart_latest and not options.dry_run:
             self.io.set_earlier_aside()
 
-    def save(self, state: CheckpointState, epochs: int, keep_last: bool = False) -> None:
-        checkpoint = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config)
-        self.io.save(checkpoint, epochs, keep_last)
+    def file(self, epoch: int, stage_two: bool) -> str:
+        """The name of the epoch's checkpoint, as MACE's."""
+        return self.io._get_checkpoint_filename(epoch, 0 if stage_two else None)
+
+    def save_progress(self, state: CheckpointState, ema, loader, averaged: contextlib.AbstractContextManager | None,
+                      epoch: int) -> None:
+        """Save what a restart needs; and a checkpoint of the epoch, with the weights that the context gives, if any."""
+        held = copies(trainable_parameters(state.model))
+        whole = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config, self.base)
+        self.base = whole["base"]
+        whole |= {"model": held, "resume": {
+            "weights": held, "ema": None if ema is None else ema.state_dict(), "order": loader.generator.get_state(),
+            "progress": self.progress.to_dict()}}
+        if averaged is not None:
+            with averaged:
+                weights = copies(trainable_parameters(state.model))
+            self.io.write(self.file(epoch, self.progress.in_stage_two), {**whole, "model": weights})
+        self.io.write(self.io.restart, whole)
+        self.io.remove_others(self.progress, self.keep)
+
+    def resume(self, state: CheckpointState, ema, loader, swa) -> Progress | None:
+        """Go on after the last epoch of an earlier process: returns its progress, None if there is none.
+
+        Raises PeftError if the files do not fit this run, or cannot be read.
+        """
+        path = self.io.newest()
+        if path is None:
+            logging.info(f"No checkpoint of {self.io.tag} in {self.io.directory}: the run starts at epoch 0")
+            return None
+        checkpoint = self.read(path, state.model)
+        rates = [group.get("swa_lr") for group in state.optimizer.param_groups]
+        try:
+            resume = checkpoint["resume"]
+            state.model.load_state_dict({**state.model.state_dict(), **resume["weights"]})
+            state.optimizer.load_state_dict(checkpoint["optimizer"])
+            state.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            loader.generator.set_state(resume["order"].cpu())
+            progress = Progress.from_dict(resume["progress"])
+        except Exception as error:  # of another optimizer or scheduler, in many ways
+            raise PeftError(f"the checkpoint {path} does not fit this run ({one_line(error)}): {REMEDY}") from error
+        if (ema is None) != (resume["ema"] is None):
+            raise PeftError(f"the checkpoint {path} was made {'with' if ema is None else 'without'} --ema: {REMEDY}")
+        if ema is not None:
+            ema.load_state_dict(resume["ema"])
+        if progress.in_stage_two and swa is None:
+            raise PeftError(f"the checkpoint {path} is one of stage two: add --swa")
+        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+            if rate is not None:
+                group["swa_lr"] = rate
+        for stage in progress.stages:
+            if stage.file is not None:
+                self.read(os.path.join(self.io.directory, stage.file), state.model)  # in the end it is too late to stop
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            self.io.remove_others(progress, self.keep)
+        return progress
 
     def load_latest(self, state: CheckpointState, swa: bool = False, device=None, strict: bool = False) -> int | None:
-        # raises where there is none of that stage, which run_train counts on
-        path = self.io._get_latest_checkpoint_path(swa=swa)
-        if path is None:
+        """Load the result of the stage into the model: its best epoch, -1 for the start of the run.
+
+        Before the training there is none: MACE's attempt to restart finds nothing, for ``resume`` does that.
+        """
+        if self.progress is None:
             return None
-        try:
-            checkpoint, epochs = self.io.load(path, device=device)
-        except Exception as error:  # a damaged file fails in many ways
-            stop(PeftError(f"the checkpoint {path} cannot be read ({one_line(error)}): delete it to restart from the "
-                           "one before, or from the start"))
-        try:
-            self.check(path, checkpoint, state.model)
-            checkpoint["model"] = {**state.model.state_dict(), **checkpoint["model"]}
-            self.builder.load_checkpoint(state=state, checkpoint=checkpoint, strict=True)
-        except PeftError as error:
-            stop(error)
-        except Exception as error:
-            if self.lbfgs and not isinstance(state.optimizer, torch.optim.LBFGS):
-                raise  # run_train counts on it: it loads the checkpoint again once its optimizer is LBFGS
-            stop(PeftError(f"the checkpoint {path} does not fit this run ({one_line(error)}): restart with the options "
-                           "it was made with, or give this run another --name"))
         self.stage_two = swa
-        return epochs
+        stage = self.progress.result(swa)
+        state.model.load_state_dict({**state.model.state_dict(), **self.weights(state.model, stage)})
+        return -1 if stage is None else stage.epoch
+
+    def weights(self, model: torch.nn.Module, stage: Stage | None) -> dict[str, torch.Tensor]:
+        """What trains, as it was after the best epoch of the stage; of None at the start of the run."""
+        if stage is None:
+            return self.progress.weights
+        return self.read(os.path.join(self.io.directory, stage.file), model)["model"]
+
+    @contextlib.contextmanager
+    def result_in(self, model: torch.nn.Module, stage_two: bool) -> Iterator[None]:
+        """Meanwhile the model has the weights of the result of stage one, or two."""
+        trained = trainable_parameters(model)
+        now, result = copies(trained), self.weights(model, self.progress.result(stage_two))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(result[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(now[name])
+
+    def read(self, path: str, model: torch.nn.Module) -> dict:
+        """What the file holds. Raises PeftError if it cannot be read, or does not fit the model."""
+        try:
+            checkpoint = torch.load(path, map_location=next(model.parameters()).device)
+        except Exception as error:  # a damaged file fails in many ways
+            raise PeftError(f"the checkpoint {path} cannot be read ({one_line(error)}): delete it and what is newer to "
+                            "restart from the one before, or start again without --restart_latest") from error
+        self.check(path, checkpoint, model)
+        return checkpoint
 
     def check(self, path: str, checkpoint: dict, model: torch.nn.Module) -> None:
         """Raise PeftError unless the checkpoint has these settings, but for those of the start, and this base."""
-        remedy = "restart with the options it was made with, or give this run another --name"
         if "peft" not in checkpoint:
             raise PeftError(f"the checkpoint {path} was made without --peft: restart without --peft, or give this run "
                             "another --name")
         made = PeftConfig(**{**checkpoint["peft"], "init_std": self.config.init_std})
         if made != self.config:
             raise PeftError(f"the checkpoint {path} was made with {made.options()}, and this run asks for "
-                            f"{self.config.options()}: {remedy}")
+                            f"{self.config.options()}: {REMEDY}")
         made_with_cueq = CUEQ_WEIGHT in checkpoint["base"]
         if made_with_cueq != (CUEQ_WEIGHT in model.state_dict()):
             raise PeftError(f"the checkpoint {path} was made {'with' if made_with_cueq else 'without'} "
-                            f"--enable_cueq True: {remedy}")
+                            f"--enable_cueq True: {REMEDY}")
         trainable = trainable_parameters(model)
         for name, held in model.state_dict().items():
             if name not in trainable and not same(checkpoint["base"].get(name, {"shape": None}), measures(held)):
                 raise PeftError(f"the checkpoint {path} was made from another foundation or other E0s, {name} differs: "
-                                f"{remedy}")
+                                f"{REMEDY}")
 
 
-def checkpoint_of(checkpoint: dict, model: torch.nn.Module, config: PeftConfig) -> dict:
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def checkpoint_of(checkpoint: dict, model: torch.nn.Module, config: PeftConfig, base: dict | None = None) -> dict:
     """MACE's checkpoint with the settings, and with what trains alone: the base is in the foundation model.
 
-    Of the base it has measures, by which a restart knows that it goes on from the same one.
+    Of the base it has measures, by which a restart knows that it goes on from the same one; base: those of before.
     """
     trained = trainable_parameters(model)
-    base = {name: measures(tensor) for name, tensor in model.state_dict().items() if name not in trained}
+    base = base or {name: measures(tensor) for name, tensor in model.state_dict().items() if name not in trained}
     model_state = {name: tensor for name, tensor in checkpoint["model"].items() if name in trained}
     return {**checkpoint, "model": model_state, "peft": config.to_dict(), "base": base}
 
@@ -112,35 +194,6 @@ def same(measured: dict, other: dict) -> bool:
     return all(math.isclose(measured[key], other[key], rel_tol=0, abs_tol=tolerance) for key in ("norm", "sum"))
 
 
-class CompleteCheckpointIO(CheckpointIO):
-    """Writes a checkpoint in full before the last one goes: a run killed while it saves can restart."""
-
-    def set_earlier_aside(self) -> None:
-        """Rename the checkpoints that an earlier run of this name left: MACE loads the latest of all in the end."""
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            return
-        for path in self.of_this_run():
-            os.replace(path, f"{path}.earlier")
-            logging.info(f"Renamed the checkpoint of an earlier run of this name to {path}.earlier")
-
-    def of_this_run(self) -> list[str]:
-        """The paths of its checkpoints, the latest last."""
-        known = [self._parse_checkpoint_path(path) for path in self._list_file_paths()]
-        own = [info for info in known if info is not None and info.tag == self.tag]
-        return [info.path for info in sorted(own, key=lambda info: info.epochs)]
-
-    def save(self, checkpoint: dict, epochs: int, keep_last: bool = False) -> None:
-        path = os.path.join(self.directory, self._get_checkpoint_filename(epochs, self.swa_start))
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        with one_line_errors(self.directory):
-            os.makedirs(self.directory, exist_ok=True)
-        write_complete(path, content.getbuffer(), os.path.join(self.directory, f"{self.tag}.unfinished"))
-        if not self.keep and self.old_path not in (None, path) and not keep_last:
-            os.remove(self.old_path)
-        self.old_path = path
-
-
 def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | None:
     """The settings with the ranks of the checkpoint that ``--restart_latest`` goes on from; None without such a one.
 
@@ -148,16 +201,16 @@ def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | 
     """
     if not args.restart_latest or not os.path.isdir(args.checkpoints_dir):
         return None
-    paths = CompleteCheckpointIO(args.checkpoints_dir, get_tag(args.name, args.seed)).of_this_run()
-    if not paths:
+    path = CompleteCheckpointIO(args.checkpoints_dir, get_tag(args.name, args.seed)).newest()
+    if path is None:
         return None
     try:
-        checkpoint = torch.load(paths[-1], map_location="cpu", weights_only=False)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         if "peft" not in checkpoint:
             return None  # whoever loads it says so
         made = PeftConfig(**{**checkpoint["peft"], "init_std": config.init_std})
     except Exception as error:  # a damaged file fails in many ways
-        raise PeftError(f"the checkpoint {paths[-1]} has no ranks that can be read ({one_line(error)}): delete it to "
+        raise PeftError(f"the checkpoint {path} has no ranks that can be read ({one_line(error)}): delete it to "
                         "restart from the one before, or from the start") from None
     chosen = dataclasses.replace(config, rank_pattern=made.rank_pattern) if made.rank == "auto" else None
     return chosen if chosen == made else None  # other settings: whoever loads it says so

@@ -1,6 +1,5 @@
 """A fine-tune inside ``mace_run_train``: what stands in for the names of ``mace_peft.train.seams`` while it lasts."""
 
-import contextlib
 import copy
 import functools
 import logging
@@ -9,24 +8,24 @@ import types
 import torch
 from torch import nn
 
-from mace_peft.adapter.directory import save_adapter
 from mace_peft.backbones.foundation import first_E0s, given_E0s, put_E0s_right, take_over_rest
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
-from mace_peft.fast.contraction import by_element, contract_as_mace
+from mace_peft.fast.contraction import by_element
 from mace_peft.fast.tensor_product import split_messages
-from mace_peft.files import complete, one_line_errors
+from mace_peft.files import complete
 from mace_peft.model.adapted import is_adapted, trainable_parameters
-from mace_peft.model.inject import eject, fold, freeze, trainability_kept
+from mace_peft.model.inject import eject, freeze, trainability_kept
 from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.summary import summary
+from mace_peft.train.batches import full_batches
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.train.gradients import differentiate, reach_all
+from mace_peft.train.loop import train
 from mace_peft.train.not_finite import FiniteLosses
-from mace_peft.train.options import adapter_directory
 from mace_peft.train.replay import apply_pseudolabels
+from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
-from mace_peft.train.stage_two import begin_stage_two, warm_up
 from mace_peft.train.start import Start, check_elements, check_heads, go_on
 
 
@@ -50,6 +49,7 @@ class FineTune:
         self.checkpoints: AdapterCheckpointHandler | None = None
         self.losses = FiniteLosses(self.original)
         self.save_file = complete(self.original.save_file)
+        self.results = Results(self.original, args, self.save_file)
 
     # Not set above: an attribute that knows this object would keep its model and data until a garbage collection.
     @property
@@ -58,18 +58,10 @@ class FineTune:
 
     @property
     def jit(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(compile=self.compile)
+        return types.SimpleNamespace(compile=self.results.compile)
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def train_one_epoch(self, *, optimizer: torch.optim.Optimizer, epoch: int, **kwargs) -> None:
-        """Stage two has moments of its own."""
-        stage_two = self.args.swa and epoch >= self.args.start_swa
-        if stage_two:
-            begin_stage_two(optimizer)
-        with warm_up(optimizer) if stage_two else contextlib.nullcontext():
-            self.losses.train_one_epoch(optimizer=optimizer, epoch=epoch, **kwargs)
 
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""
@@ -158,6 +150,9 @@ class FineTune:
                             "--peft_train_also 'readouts.*'")
         return model, output_args
 
+    def DataLoader(self, dataset, **kwargs):
+        return self.original.DataLoader(dataset, **full_batches(dataset, **kwargs))
+
     def get_loss_fn(self, *args, **kwargs) -> nn.Module:
         self.loss = self.original.get_loss_fn(*args, **kwargs)
         return self.loss
@@ -170,9 +165,7 @@ class FineTune:
         return self.model
 
     def run_cueq_to_e3nn(self, model: nn.Module, **kwargs) -> nn.Module:
-        from mace_peft.train.cuequivariance import copy_trained
-
-        return self.save(copy_trained(model, self.plain))
+        return self.result()
 
     def get_params_options(self, args, model: nn.Module) -> dict:
         """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
@@ -202,34 +195,31 @@ class FineTune:
         self.losses.checkpoints = self.checkpoints.io.of_this_run
         return self.checkpoints
 
+    def train(self, **arguments) -> None:
+        """The training; at its end its results are saved, so that nothing that fails after it can cost them."""
+        progress = train(self.checkpoints, self.args.restart_latest, **arguments)
+        self.results.progress = progress
+        for stage_two in (False, True)[:len(progress.stages)]:
+            if arguments["rank"] == 0:
+                with self.checkpoints.result_in(self.model, stage_two):
+                    self.save(stage_two)
+
+    def save(self, stage_two: bool) -> nn.Module:
+        """Save the adapter and the model that the stage has trained; returns the model."""
+        plain = self.plain
+        if self.model is not plain:
+            from mace_peft.train.cuequivariance import copy_trained
+
+            copy_trained(self.model, plain)
+        return self.results.save(plain, stage_two)
+
     def deepcopy(self, value):
-        """A copy; of the trained model, once there are checkpoints to load it from, the one that MACE saves."""
-        if value is not self.model or self.checkpoints is None:
+        """A copy; of the trained model, once it has been saved, the one that MACE saves."""
+        if value is not self.model or not self.results.saved:
             return copy.deepcopy(value)
-        return self.save(value) if value is self.plain else value  # run_cueq_to_e3nn comes next, and saves
+        return self.result() if value is self.plain else value  # run_cueq_to_e3nn comes next
 
-    def save(self, model: nn.Module) -> nn.Module:
-        """Save the adapter to its directory, and give MACE the model to save: a copy with the updates folded in."""
-        stage = "_stagetwo" if self.checkpoints.stage_two else ""
-        directory = adapter_directory(self.args, stage)
-        with one_line_errors(directory):
-            logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
-        # MACE freezes or frees all parameters for its error tables
-        return fold(freeze(split_messages(copy.deepcopy(model), split=False)))
-
-    def compile(self, model: nn.Module):
-        """MACE hides a model that does not compile: say so."""
-        try:
-            with contract_as_mace():
-                return self.original.jit.compile(model)
-        except Exception as error:
-            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
-            raise
-
-    def save_compiled(self, *args, **kwargs) -> None:
-        """MACE hides a file that cannot be written, too."""
-        try:
-            complete(self.original.save_compiled)(*args, **kwargs)
-        except PeftError as error:
-            logging.error(f"No compiled model is written: {error}")
-            raise
+    def result(self) -> nn.Module:
+        """The model of the stage that MACE has loaded; there is none yet of a stage none of whose epochs came."""
+        stage_two = self.checkpoints.stage_two
+        return self.results.saved[stage_two] if stage_two in self.results.saved else self.save(stage_two)

@@ -46,7 +46,7 @@ def install(run_train: types.ModuleType) -> None:
             fast = settings.pop("fast")
             fine_tune = FineTune(run_train, args, find_start(args, settings), fast)
             with sole_run(args), replaced_names(run_train, fine_tune, fast):
-                return original_run(args)
+                return fine_tune.results.run(original_run)
         except PeftError as error:
             stop(error)
 

@@ -39,7 +39,7 @@ class Seam(NamedTuple):
 
 SEAMS = (
     Seam("torch", "save", "save_file"),
-    Seam("torch.jit", "save", "save_compiled"),
+    Seam("torch.jit", "save", "results.save_compiled"),
     Seam("run_train", "remove_pt_head", "remove_pt_head"),
     Seam("run_train", "configure_model", "configure_model"),
     Seam("run_train", "run_e3nn_to_cueq", "run_e3nn_to_cueq"),
@@ -51,10 +51,13 @@ SEAMS = (
     Seam("run_train", "DDP", "DDP"),
     Seam("run_train", "deepcopy", "deepcopy"),
     Seam("run_train", "jit", "jit"),
+    Seam("run_train", "create_error_table", "results.create_error_table"),
     Seam("run_train", "apply_pseudolabels_to_pt_head_configs", "apply_pseudolabels", since="0.3.14"),
     Seam("run_train.tools", "CheckpointHandler", "CheckpointHandler"),
+    Seam("run_train.tools", "train", "train"),
+    Seam("run_train.torch_geometric.dataloader", "DataLoader", "DataLoader"),
     Seam("run_train.data", "estimate_e0s_from_foundation", "estimate_e0s", since="0.3.15"),
-    Seam("mace.tools.train", "train_one_epoch", "train_one_epoch"),
+    Seam("mace.tools.train", "train_one_epoch", "losses.train_one_epoch"),
     Seam("mace.tools.train", "take_step", "losses.take_step"),
     Seam("mace.tools.train", "take_step_lbfgs", "losses.take_step_lbfgs"),
     Seam("mace.tools.train", "evaluate", "evaluate"),

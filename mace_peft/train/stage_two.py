@@ -6,8 +6,8 @@ with AMSGrad, MACE's default, the largest moment ever seen keeps the later steps
 forgets stage one, and the learning rate rises from zero over the first steps: the first moments are of a few batches
 alone, and Adam moves every parameter by the full learning rate whatever their size.
 
-Both are told by the optimizer's own state, which checkpoints hold: a restart before, at or after the switch goes on as
-the run that was not cut off. Nothing here is about adapters: a full fine-tune can do the same.
+How far the rise is, the optimizer's own state tells, which checkpoints hold. Nothing here is about adapters: a full
+fine-tune can do the same.
 """
 
 import contextlib
@@ -18,25 +18,21 @@ import torch
 WARM_UP = 100  # steps
 
 
-def begin_stage_two(optimizer: torch.optim.Optimizer) -> bool:
-    """Let the optimizer forget stage one, once: True if it did now."""
-    if all(group.get("stage_two") for group in optimizer.param_groups):
-        return False
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the optimizer no moments and no steps."""
     if hasattr(optimizer, "eval"):  # schedule-free: the averaged weights are those that it has trained
         optimizer.eval()
     optimizer.state.clear()
     for group in optimizer.param_groups:
-        group["stage_two"] = True
-        group.update({name: start for name, start in {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}.items()
-                      if name in group})
-    return True
+        anew = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}  # what a schedule-free one counts beside its state
+        group.update({name: value for name, value in anew.items() if name in group})
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:
     """How many steps the optimizer has in its state."""
-    counts = [group["k"] for group in optimizer.param_groups if "k" in group]  # schedule-free
-    counts += [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-    return max(counts, default=0)
+    if "k" in optimizer.param_groups[0]:  # schedule-free
+        return optimizer.param_groups[0]["k"]
+    return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""The files of a run's checkpoints: complete or not there, and none that the run no longer needs."""
+
+import io
+import logging
+import os
+
+import torch
+from mace.tools import CheckpointIO
+
+from mace_peft.files import one_line_errors, write_complete
+from mace_peft.train.progress import Progress
+
+
+class CompleteCheckpointIO(CheckpointIO):
+    """Writes a checkpoint in full before the last one goes: a run killed while it saves can restart."""
+
+    @property
+    def restart(self) -> str:
+        """The name of the file from which a restart goes on."""
+        return f"{self.tag}_restart.pt"
+
+    def set_earlier_aside(self) -> None:
+        """Rename the checkpoints that an earlier run of this name left: a restart would go on from them."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        for path in self.of_this_run():
+            os.replace(path, f"{path}.earlier")
+            logging.info(f"Renamed the checkpoint of an earlier run of this name to {path}.earlier")
+        restart = os.path.join(self.directory, self.restart)
+        if os.path.exists(restart):
+            os.replace(restart, f"{restart}.earlier")
+
+    def of_this_run(self) -> list[str]:
+        """The paths of its checkpoints, the latest last."""
+        return [info.path for info in self.known()]
+
+    def known(self) -> list:
+        """What MACE reads in their names."""
+        known = [self._parse_checkpoint_path(path) for path in self._list_file_paths()]
+        own = [info for info in known if info is not None and info.tag == self.tag]
+        return sorted(own, key=lambda info: info.epochs)
+
+    def newest(self) -> str | None:
+        """The path of the file that knows most of the run."""
+        restart = os.path.join(self.directory, self.restart)
+        return restart if os.path.exists(restart) else next(reversed(self.of_this_run()), None)
+
+    def write(self, name: str, content: dict) -> None:
+        written = io.BytesIO()
+        torch.save(content, written)
+        with one_line_errors(self.directory):
+            os.makedirs(self.directory, exist_ok=True)
+        unfinished = os.path.join(self.directory, f"{self.tag}.unfinished")
+        write_complete(os.path.join(self.directory, name), written.getbuffer(), unfinished)
+
+    def remove_others(self, progress: Progress, keep: bool) -> None:
+        """Remove checkpoints of epochs that come again and, unless all are kept, those that are not the best ones."""
+        best = {stage.file for stage in progress.stages}
+        for info in self.known():
+            if info.epochs >= progress.epoch or not (keep or os.path.basename(info.path) in best):
+                os.remove(info.path)

@@ -1,0 +1,116 @@
+"""What a run leaves: its models and adapters are saved before anything else is done with them, and its last lines say
+which they are."""
+
+import argparse
+import copy
+import logging
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mace_peft.adapter.directory import save_adapter
+from mace_peft.errors import PeftError, one_line
+from mace_peft.fast.contraction import contract_as_mace
+from mace_peft.fast.tensor_product import split_messages
+from mace_peft.files import complete, one_line_errors
+from mace_peft.model.inject import fold, freeze
+from mace_peft.train.options import adapter_directory, model_path
+from mace_peft.train.progress import Progress
+
+STAGES = ("one", "two")
+
+
+class Results:
+    """Saves the results of a run, and keeps what MACE does after the training from ending it without a word.
+
+    original: what MACE and torch bind to the names of ``mace_peft.train.seams``; saved: the models, by whether they are
+    those of stage two; progress: of the run, once its training has ended.
+    """
+
+    def __init__(self, original: types.SimpleNamespace, args: argparse.Namespace, save_file: Callable):
+        self.original = original
+        self.args = args
+        self.save_file = save_file
+        self.saved: dict[bool, nn.Module] = {}
+        self.progress: Progress | None = None
+
+    def save(self, model: nn.Module, stage_two: bool) -> nn.Module:
+        """Save the adapter, and the model with the updates folded in, which is returned."""
+        stage = "_stagetwo" if stage_two else ""
+        directory, path = adapter_directory(self.args, stage), model_path(self.args, stage)
+        with one_line_errors(directory):
+            logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
+        # MACE freezes or frees all parameters for its error tables
+        model = fold(freeze(split_messages(copy.deepcopy(model), split=False)))
+        self.save_file(model.to("cpu") if self.args.save_cpu else model, path)
+        self.saved[stage_two] = model
+        return model
+
+    def compile(self, model: nn.Module):
+        """MACE hides a model that does not compile: say so."""
+        try:
+            with contract_as_mace():
+                return self.original.jit.compile(model)
+        except Exception as error:
+            logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
+            raise
+
+    def save_compiled(self, *args, **kwargs) -> None:
+        """MACE hides a file that cannot be written, too."""
+        try:
+            complete(self.original.save_compiled)(*args, **kwargs)
+        except PeftError as error:
+            logging.error(f"No compiled model is written: {error}")
+            raise
+
+    def create_error_table(self, *args, **kwargs) -> object:
+        """MACE's table of errors, or where it is not computed a line that says so: the next one may be."""
+        try:
+            return self.original.create_error_table(*args, **kwargs)
+        except Exception as error:  # models and data fail in many ways
+            if torch.distributed.is_initialized():
+                raise  # or the other processes would wait for this one
+            logging.error(f"No table of errors is computed ({one_line(error)})")
+            return "not computed"
+
+    def run(self, run: Callable) -> None:
+        """MACE's ``run``. Raises PeftError for what fails after the training, and says what the results are."""
+        try:
+            run(self.args)
+        except PeftError:
+            raise
+        except Exception as error:  # what MACE does with data, files and figures fails in many ways
+            if self.progress is None:
+                raise
+            raise PeftError(f"the training is done and its results are saved, and what comes after it failed "
+                            f"({type(error).__name__}: {one_line(error)}): put that right, and add --restart_latest "
+                            "for the files and tables that are missing") from error
+        finally:
+            if self.progress is not None:
+                self.say()
+
+    def say(self) -> None:
+        """Log which epoch each result is of, and whether it is better than the start."""
+        for stage_two in (False, True):
+            if not stage_two or stage_two in self.saved:
+                level, line = outcome(self.progress, stage_two)
+                names = [path.name for path in (model_path(self.args, "_stagetwo" if stage_two else ""),
+                                                adapter_directory(self.args, "_stagetwo" if stage_two else ""))]
+                logging.log(level, f"Result in {names[0]} and {names[1]}: {line}")
+
+
+def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:
+    """The level and the line with which the log says what the result of the stage is."""
+    result, own = progress.result(stage_two), progress.stages[stage_two] if stage_two < len(progress.stages) else None
+    before = "for the result of stage one" if stage_two else "before the training"
+    if own is not None and result is own:
+        return logging.INFO, (f"epoch {own.epoch} of stage {STAGES[stage_two]}, with a validation loss of "
+                              f"{own.best:.8f} ({before} {own.start:.8f})")
+    what = "the start, as it was before the training" if result is None else f"epoch {result.epoch} of stage one"
+    if own is None or own.epoch is None:
+        return logging.WARNING, f"{what}, for no epoch of stage {STAGES[stage_two]} was trained and evaluated"
+    return logging.WARNING, (f"{what}, for no epoch of stage {STAGES[stage_two]} was better: the lowest validation "
+                             f"loss was {own.best:.8f} in epoch {own.epoch}, and {own.start:.8f} {before}; try a lower "
+                             f"{'--swa_lr' if stage_two else '--lr'}")
