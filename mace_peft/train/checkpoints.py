@@ -54,7 +54,8 @@ class AdapterCheckpointHandler(CheckpointHandler):
         whole = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config, self.base)
         self.base = whole["base"]
         whole |= {"model": held, "resume": {
-            "weights": held, "ema": None if ema is None else ema.state_dict(), "order": loader.generator.get_state(),
+            "weights": held, "kinds": kinds(state), "ema": None if ema is None else ema.state_dict(),
+            "order": loader.generator.get_state(),
             "progress": self.progress.to_dict()}}
         if averaged is not None:
             with averaged:
@@ -73,15 +74,18 @@ class AdapterCheckpointHandler(CheckpointHandler):
             logging.info(f"No checkpoint of {self.io.tag} in {self.io.directory}: the run starts at epoch 0")
             return None
         checkpoint = self.read(path, state.model)
-        rates = [group.get("swa_lr") for group in state.optimizer.param_groups]
+        given = [dict(group) for group in state.optimizer.param_groups]
+        resume = checkpoint["resume"]
+        if resume["kinds"] != kinds(state):
+            raise PeftError(f"the checkpoint {path} was made with {' and '.join(resume['kinds'])}, and this run has "
+                            f"{' and '.join(kinds(state))}: {REMEDY}")
         try:
-            resume = checkpoint["resume"]
             state.model.load_state_dict({**state.model.state_dict(), **resume["weights"]})
             state.optimizer.load_state_dict(checkpoint["optimizer"])
             state.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
             loader.generator.set_state(resume["order"].cpu())
             progress = Progress.from_dict(resume["progress"])
-        except Exception as error:  # of another optimizer or scheduler, in many ways
+        except Exception as error:  # of other groups of parameters, in many ways
             raise PeftError(f"the checkpoint {path} does not fit this run ({one_line(error)}): {REMEDY}") from error
         if (ema is None) != (resume["ema"] is None):
             raise PeftError(f"the checkpoint {path} was made {'with' if ema is None else 'without'} --ema: {REMEDY}")
@@ -89,9 +93,8 @@ class AdapterCheckpointHandler(CheckpointHandler):
             ema.load_state_dict(resume["ema"])
         if progress.in_stage_two and swa is None:
             raise PeftError(f"the checkpoint {path} is one of stage two: add --swa")
-        for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-            if rate is not None:
-                group["swa_lr"] = rate
+        for group, now in zip(state.optimizer.param_groups, given, strict=True):  # the first run may lack stage two
+            group.update({name: value for name, value in now.items() if name not in group or name == "swa_lr"})
         for stage in progress.stages:
             if stage.file is not None:
                 self.read(os.path.join(self.io.directory, stage.file), state.model)  # in the end it is too late to stop
@@ -160,6 +163,11 @@ class AdapterCheckpointHandler(CheckpointHandler):
             if name not in trainable and not same(checkpoint["base"].get(name, {"shape": None}), measures(held)):
                 raise PeftError(f"the checkpoint {path} was made from another foundation or other E0s, {name} differs: "
                                 f"{REMEDY}")
+
+
+def kinds(state: CheckpointState) -> list[str]:
+    """Of the optimizer and the scheduler, whose states do not fit others."""
+    return [type(state.optimizer).__name__, state.lr_scheduler.scheduler]
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

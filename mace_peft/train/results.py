@@ -6,6 +6,7 @@ import copy
 import logging
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ class Results:
         directory, path = adapter_directory(self.args, stage), model_path(self.args, stage)
         with one_line_errors(directory):
             logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
+            Path(self.args.checkpoints_dir).mkdir(parents=True, exist_ok=True)  # where no epoch came, MACE misses it
         # MACE freezes or frees all parameters for its error tables
         model = fold(freeze(split_messages(copy.deepcopy(model), split=False)))
         self.save_file(model.to("cpu") if self.args.save_cpu else model, path)
@@ -112,5 +114,5 @@ def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:
     if own is None or own.epoch is None:
         return logging.WARNING, f"{what}, for no epoch of stage {STAGES[stage_two]} was trained and evaluated"
     return logging.WARNING, (f"{what}, for no epoch of stage {STAGES[stage_two]} was better: the lowest validation "
-                             f"loss was {own.best:.8f} in epoch {own.epoch}, and {own.start:.8f} {before}; try a lower "
+                             f"loss was {own.best:.8f} in epoch {own.epoch}, and {own.start:.8f} {before}; try another "
                              f"{'--swa_lr' if stage_two else '--lr'}")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-WARM_UP = 100  # steps
+WARM_UP = 50  # steps
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
