@@ -78,7 +78,7 @@ def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandle
         with averaged(run):
             loss = validate(run, epoch, loss_fn)
             if run.plotter and epoch % run.plotter.plot_frequency == 0:
-                plot(run, epoch)
+                run.plotter.plot(epoch, evaluated_model(run), run.rank)
         saved = progress.take(loss, checkpoints.file(epoch, progress.in_stage_two)) or run.save_all_checkpoints
     progress.epoch += 1
     if evaluated and progress.waited >= run.patience:
@@ -117,12 +117,16 @@ def averaged(run: types.SimpleNamespace) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if run.ema is None else run.ema.average_parameters()
 
 
+def evaluated_model(run: types.SimpleNamespace) -> torch.nn.Module:
+    return run.model if run.distributed_model is None else run.distributed_model
+
+
 def validate(run: types.SimpleNamespace, epoch: int | None, loss_fn: torch.nn.Module, log: bool = True) -> float:
     """The loss on the validation set of the last head, by which MACE chooses, the same in all processes; logs of all.
 
     epoch: None for the start.
     """
-    model = run.model if run.distributed_model is None or epoch is None else run.distributed_model
+    model = run.model if epoch is None else evaluated_model(run)
     to_wandb = {}
     for name, loader in run.valid_loaders.items():
         loss, metrics = steps.evaluate(model=model, loss_fn=loss_fn, data_loader=loader, output_args=run.output_args,
@@ -140,14 +144,6 @@ def validate(run: types.SimpleNamespace, epoch: int | None, loss_fn: torch.nn.Mo
     shared = torch.tensor(loss, dtype=torch.float64, device=run.device)
     torch.distributed.broadcast(shared, src=0)
     return shared.item()
-
-
-def plot(run: types.SimpleNamespace, epoch: int) -> None:
-    """MACE's figures of the epoch. As in MACE, only its debug log tells of those that fail."""
-    try:
-        run.plotter.plot(epoch, run.model if run.distributed_model is None else run.distributed_model, run.rank)
-    except Exception as error:  # nothing that goes wrong in a figure may stop a training
-        logging.debug(f"Plotting failed: {error}")
 
 
 def wait_for_others(run: types.SimpleNamespace) -> None:

@@ -74,8 +74,22 @@ class Results:
         except Exception as error:  # models and data fail in many ways
             if torch.distributed.is_initialized():
                 raise  # or the other processes would wait for this one
-            logging.error(f"No table of errors is computed ({one_line(error)})")
+            logging.error(f"No table of errors is computed ({type(error).__name__}: {one_line(error)})")
             return "not computed"
+
+    def TrainingPlotter(self, *args, **kwargs):
+        """MACE's, but figures that fail are told of in the log, not in that for debugging alone."""
+        plotter = self.original.TrainingPlotter(*args, **kwargs)
+        draw = plotter.plot
+
+        def plot(*args, **kwargs) -> None:
+            try:
+                draw(*args, **kwargs)
+            except Exception as error:  # nothing that goes wrong in a figure may stop a run
+                logging.warning(f"No figure is drawn ({type(error).__name__}: {one_line(error)})")
+
+        plotter.plot = plot
+        return plotter
 
     def run(self, run: Callable) -> None:
         """MACE's ``run``. Raises PeftError for what fails after the training, and says what the results are."""

@@ -52,6 +52,7 @@ SEAMS = (
     Seam("run_train", "deepcopy", "deepcopy"),
     Seam("run_train", "jit", "jit"),
     Seam("run_train", "create_error_table", "results.create_error_table"),
+    Seam("run_train", "TrainingPlotter", "results.TrainingPlotter"),
     Seam("run_train", "apply_pseudolabels_to_pt_head_configs", "apply_pseudolabels", since="0.3.14"),
     Seam("run_train.tools", "CheckpointHandler", "CheckpointHandler"),
     Seam("run_train.tools", "train", "train"),
