@@ -1,10 +1,10 @@
 """Stage two (``--swa``) starts with an optimizer of its own.
 
 MACE goes on with the moments that the optimizer has gathered from the loss of stage one. Those of the new loss have
-another scale, so that the first steps are several times too long, and what they spoil takes the rest of the run to mend;
-with AMSGrad, MACE's default, the largest moment ever seen keeps the later steps too short for that. Here the optimizer
-forgets stage one, and the learning rate rises from zero over the first steps: the first moments are of a few batches
-alone, and Adam moves every parameter by the full learning rate whatever their size.
+another scale, so that the first steps are several times too long, and what they spoil takes the rest of the run to
+mend; with AMSGrad, MACE's default, the largest moment ever seen keeps the later steps too short for that. Here the
+optimizer forgets stage one, and the learning rate rises from zero over the first steps: the first moments are of a few
+batches alone, and Adam moves every parameter by the full learning rate whatever their size.
 
 How far the rise is, the optimizer's own state tells, which checkpoints hold. Nothing here is about adapters: a full
 fine-tune can do the same.
