@@ -98,8 +98,6 @@ class AdapterCheckpointHandler(CheckpointHandler):
         for stage in progress.stages:
             if stage.file is not None:
                 self.read(os.path.join(self.io.directory, stage.file), state.model)  # in the end it is too late to stop
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            self.io.remove_others(progress, self.keep)
         logging.info(f"Loading checkpoint: {path}, to go on with epoch {progress.epoch}")
         return progress
 
