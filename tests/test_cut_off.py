@@ -19,7 +19,7 @@ CASES = {
     "plateau, ema": (["--ema", "--amsgrad"], {"scheduler_patience": 0, "lr": 0.05}),
     "exponential": ([], {"scheduler": "ExponentialLR", "lr_scheduler_gamma": 0.7, "optimizer": "adamw"}),
     "stage two, ema": (["--swa", "--ema", "--amsgrad"], {"start_swa": 2, "swa_lr": 0.02, "eval_interval": 2}),
-    "schedule-free, stage two": (["--swa"], {"optimizer": "schedulefree", "start_swa": 3, "eval_interval": 2}),
+    "schedule-free, stage two": (["--swa"], {"optimizer": "schedulefree", "start_swa": 1, "eval_interval": 2}),
     "lbfgs": (["--lbfgs", "--ema"], {"max_num_epochs": 2}),
     "all are kept": (["--save_all_checkpoints", "--swa"], {"start_swa": 3}),
     "the best are kept": (["--keep_checkpoints"], {"lr": 0.05}),

@@ -98,7 +98,8 @@ def test_stages_that_could_have_no_result_are_refused(inputs, tmp_path, capsys, 
 
 
 def test_the_best_epoch_is_the_result_whatever_is_kept(inputs, tmp_path):
-    run = fine_tune(inputs, tmp_path, "--save_all_checkpoints", lr=0.5, max_num_epochs=5)
+    run = fine_tune(inputs, tmp_path, "--save_all_checkpoints", lr=0.01, scheduler="ExponentialLR",
+                    lr_scheduler_gamma=4, max_num_epochs=5)
     losses = [line["loss"] for line in run.metrics if line["mode"] == "eval"]
     best = losses[1:].index(min(losses[1:]))
     assert best < 4 and min(losses[1:]) < losses[0]
@@ -113,7 +114,7 @@ def test_where_no_epoch_beats_the_start_the_start_is_the_result(inputs, tmp_path
     """Of an adapter that is trained further, too: it stays as it was."""
     first = fine_tune(inputs, tmp_path / "first", max_num_epochs=3)
     check_files(inputs, first, False)
-    further = fine_tune(inputs, tmp_path / "further", "--ema", peft_adapter=first.adapter(), lr=10.0)
+    further = fine_tune(inputs, tmp_path / "further", "--ema", peft_adapter=first.adapter(), lr=1.0)
     assert_same(further.adapter_tensors(), first.adapter_tensors())
     (said,) = last_lines(further)
     assert "the start, as it was before the training, for no epoch of stage one was better" in said
