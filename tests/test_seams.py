@@ -12,6 +12,7 @@ from tiny import assert_close
 from mace_peft.fast.tensor_product import SplitProduct
 from mace_peft.train.finetune import FineTune
 from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.reading import Reading
 from mace_peft.train.results import Results
 from mace_peft.train.seams import SEAMS, originals
 
@@ -26,8 +27,9 @@ def bound():
 def test_each_name_is_there_from_its_release_on(seam):
     assert hasattr(seam.find_owner(run_train), seam.name) == since(seam.since)
     owner, _, name = seam.stand_in.rpartition(".")
+    classes = {"losses": FiniteLosses, "reading": Reading, "results": Results, "": FineTune}
     attributes = {"backward", "save_file", "jit"}  # made for each run
-    assert hasattr({"losses": FiniteLosses, "results": Results}.get(owner, FineTune), name) or name in attributes
+    assert hasattr(classes[owner] if owner in classes else getattr(FineTune, owner), name) or name in attributes
 
 
 def test_each_name_is_replaced_once_and_by_one():

@@ -1,12 +1,8 @@
 """Foundation models: loading one, and narrowing it to what a run trains."""
 
-import ast
 import contextlib
 import copy
-import json
-import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -184,39 +180,3 @@ def default_dtype_of(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def given_E0s(head) -> set[int]:
-    """Elements of a head's data, and those of which E0s were given: as a dictionary, a file of one, or isolated atoms.
-
-    head: what MACE holds of it, once it has read these E0s.
-    """
-    text = str(head.E0s)
-    if head.atomic_energies_dict:
-        given = head.atomic_energies_dict
-    elif text.endswith(".json"):
-        given = json.loads(Path(text).read_text())
-    else:
-        given = ast.literal_eval(text) if "{" in text else {}
-    return {*head.z_table.zs, *map(int, given.get(head.head_name, given))}
-
-
-def put_E0s_right(model: nn.Module, known: dict[int, float], atomic_energies, given: list[set[int]]) -> None:
-    """Give the model the E0s (eV; heads x elements) that the run determined and logged.
-
-    mace-torch 0.3.16 overwrites them by the foundation's when the elements are all of the foundation's. given: for
-    each head the atomic numbers of those that were given, or are in its data; other elements, for which MACE has 0
-    (``--foundation_model_elements``), take the E0 that is known of them.
-    """
-    held = model.atomic_energies_fn.atomic_energies
-    elements = model.atomic_numbers.tolist()
-    wanted = torch.as_tensor(atomic_energies).to(held).reshape(len(given), len(elements)).clone()
-    for row, present in enumerate(given):
-        for column, element in enumerate(elements):
-            if element not in present:
-                wanted[row, column] = known[element]
-    wanted = wanted.reshape(held.shape)
-    if not torch.equal(held, wanted):
-        logging.info(f"E0s put right: MACE had made them {held.flatten().tolist()}, and they are "
-                     f"{wanted.flatten().tolist()} (eV, for {symbols(elements)})")
-        held.copy_(wanted)

@@ -8,7 +8,7 @@ import types
 import torch
 from torch import nn
 
-from mace_peft.backbones.foundation import first_E0s, given_E0s, put_E0s_right, take_over_rest
+from mace_peft.backbones.foundation import first_E0s, take_over_rest
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
@@ -18,15 +18,18 @@ from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
 from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.summary import summary
+from mace_peft.train import datasets, labels, losses, metrics
 from mace_peft.train.batches import full_batches
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
+from mace_peft.train.energies import put_E0s_right
 from mace_peft.train.gradients import differentiate, reach_all
 from mace_peft.train.loop import train
 from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.reading import Reading
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
-from mace_peft.train.start import Start, check_elements, check_heads, go_on
+from mace_peft.train.start import Start, check_heads, go_on
 
 
 class FineTune:
@@ -36,6 +39,8 @@ class FineTune:
     """
 
     contract = staticmethod(by_element)
+    # modules of stand-ins that need to know nothing of the run
+    labels, datasets, weighed, metrics = labels, datasets, losses, metrics
 
     def __init__(self, run_train: types.ModuleType, args, start: Start, fast: bool):
         self.original = originals(run_train)
@@ -48,6 +53,7 @@ class FineTune:
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
         self.checkpoints: AdapterCheckpointHandler | None = None
         self.losses = FiniteLosses(self.original)
+        self.reading = Reading(self.original, args, start.check_known)
         self.save_file = complete(self.original.save_file)
         self.results = Results(self.original, args, self.save_file)
 
@@ -66,7 +72,12 @@ class FineTune:
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""
         with trainability_kept(model):
-            return self.losses.evaluate(model=model, **kwargs)
+            loss, errors = self.losses.evaluate(model=model, **kwargs)
+        return loss, metrics.without_stress(errors, kwargs["output_args"])
+
+    def evaluate_for_table(self, model: nn.Module, **kwargs):
+        loss, errors = self.original.evaluate_for_table(model, **kwargs)
+        return loss, metrics.without_stress(errors, kwargs["output_args"])
 
     def model_inference(self, loaders: dict, model: nn.Module, *args, **kwargs):
         """In every version, the evaluation for MACE's plots leaves every parameter trainable."""
@@ -82,7 +93,6 @@ class FineTune:
         mace-torch 0.3.16 fails if the foundation has another dtype.
         """
         adapted = foundation_model if is_adapted(foundation_model) else self.start.adapted
-        check_elements(z_table.zs, adapted or foundation_model)
         if adapted is not None:
             if len(adapted.heads) > 1:
                 raise PeftError(f"--E0s=estimated cannot choose among the adapter's heads {', '.join(adapted.heads)}: "
@@ -115,8 +125,7 @@ class FineTune:
     def configure_model(self, args, train_loader, atomic_energies, foundation, heads, z_table, head_configs):
         foundation = self.chosen_head(foundation.to(torch.get_default_dtype()), head_configs)
         adapted = foundation if is_adapted(foundation) else self.start.adapted
-        elements = foundation.atomic_numbers.tolist() if args.foundation_model_elements else z_table.zs
-        check_elements(elements, adapted or foundation)
+        self.reading.check_tests(z_table, heads)
         if adapted is not None:
             check_heads(heads, adapted)
         if adapted is foundation:
@@ -131,9 +140,8 @@ class FineTune:
                             f"({one_line(error)}): give another foundation model") from error
         take_over_rest(model, foundation)
         if atomic_energies is not None:
-            given = {head.head_name: given_E0s(head) for head in head_configs}
             known = first_E0s(foundation if adapted is None else adapted)
-            put_E0s_right(model, known, atomic_energies, [given[head] for head in heads])
+            put_E0s_right(model, known, atomic_energies, [self.reading.given(head) for head in heads])
         if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
             look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
             self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
@@ -154,6 +162,7 @@ class FineTune:
         return self.original.DataLoader(dataset, **full_batches(dataset, **kwargs))
 
     def get_loss_fn(self, *args, **kwargs) -> nn.Module:
+        self.reading.check_before_training()
         self.loss = self.original.get_loss_fn(*args, **kwargs)
         return self.loss
 

@@ -23,12 +23,16 @@ OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies
 class Start:
     """The settings of a run; the name, head and fingerprint of its foundation; and the adapted model to go on from.
 
-    ``adapted`` is None where the adapters are new.
+    elements: the atomic numbers that the model to start from knows. ``adapted`` is None where the adapters are new.
     """
 
     config: PeftConfig
     foundation: dict[str, str | None]
+    elements: list[int]
     adapted: nn.Module | None = None
+
+    def check_known(self, elements: list[int]) -> None:
+        check_elements(elements, self.elements, self.adapted is not None)
 
 
 def find_start(args: argparse.Namespace, settings: dict) -> Start:
@@ -61,10 +65,10 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     if not is_adapted(model):
         config = PeftConfig(**settings)
         check(model, config)
-        return Start(config, source)
+        return Start(config, source, model.atomic_numbers.tolist())
     config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
     go_on(eject(copy.deepcopy(model)), config, source, model)
-    return Start(config, source, model)
+    return Start(config, source, model.atomic_numbers.tolist(), model)
 
 
 def check_class(args: argparse.Namespace, foundation: nn.Module) -> None:
@@ -114,11 +118,10 @@ def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module
     return [name for name in trainable_parameters(model) if name not in tensors]
 
 
-def check_elements(elements: list[int], model: nn.Module) -> None:
-    """Raise PeftError if the run has elements (atomic numbers) that the foundation or the adapter has never seen."""
-    known = model.atomic_numbers.tolist()
+def check_elements(elements: list[int], known: list[int], adapted: bool) -> None:
+    """Raise PeftError if the run has elements (atomic numbers) that the foundation, or the adapter, has never seen."""
     new = set(elements) - set(known)
-    if new and is_adapted(model):
+    if new and adapted:
         raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
                         f"{symbols(known)}): start from the foundation")
     if new:

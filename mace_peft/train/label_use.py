@@ -1,0 +1,52 @@
+"""Whether a run's labels and its loss go together: what would train nothing, or be ignored, is said."""
+
+import argparse
+import logging
+
+from mace_peft.errors import PeftError
+from mace_peft.train.labels import DEFAULT_KEYS, LABELS, keys_of, read
+
+# losses that take more than energies and forces, or less
+BOTH = ("energy", "forces")
+TAKEN = {"forces_only": ("forces",), "virials": (*BOTH, "virials"), "energy_forces_dipole": (*BOTH, "dipole"),
+         **dict.fromkeys(("stress", "huber", "universal"), (*BOTH, "stress"))}
+NAMES = {"train": "training", "valid": "validation"}
+
+
+def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, str], dict[str, int]]) -> None:
+    """Raise PeftError for a set without a label for the loss, or a key that no structure has; log what is left out.
+
+    heads: MACE's configurations. counts: how many structures have each label, by head and part ("train" or "valid").
+    """
+    taken = TAKEN.get(args.loss, BOTH)
+    for (head, part), held in counts.items():
+        if not any(held[name] for name in taken):
+            raise PeftError(f"the {NAMES[part]} set of the head {head} has no label for --loss {args.loss}, which "
+                            f"takes {', '.join(taken)}: give their keys by --energy_key, --forces_key and so on, or "
+                            "another --loss")
+    trained = {name: sum(held[name] for (_, part), held in counts.items() if part == "train") for name in LABELS}
+    for name in LABELS:
+        asked = asked_keys(name, heads)
+        if asked and not trained[name]:
+            raise PeftError(f"--{name}_key {asked[0]}: no structure of the training set has a label under it; the keys "
+                            f"of {heads[0].train_file[0]} are {', '.join(keys_in(heads[0].train_file[0]))}: give one "
+                            "of them, or leave it out")
+        if name in taken and not trained[name]:
+            key = heads[0].key_specification
+            key = {**key.info_keys, **key.arrays_keys}.get(name, DEFAULT_KEYS.get(name))
+            logging.warning(f"No structure of the training set has {name} under the key {key} (--{name}_key), so that "
+                            f"--loss {args.loss} trains on the other labels alone")
+        if name not in taken and asked:
+            logging.warning(f"--loss {args.loss} leaves out the {trained[name]} labels of {name} (--{name}_key "
+                            f"{asked[0]})")
+
+
+def asked_keys(name: str, heads: list) -> list[str]:
+    """Keys of the label that are not MACE's own ones, in heads that are read from XYZ files."""
+    keys = [{**head.key_specification.info_keys, **head.key_specification.arrays_keys}.get(name) for head in heads
+            if head.collections is not None and head.head_name != "pt_head"]
+    return [key for key in keys if key not in (None, DEFAULT_KEYS.get(name))]
+
+
+def keys_in(path: str) -> list[str]:
+    return keys_of(read(path))

@@ -1,0 +1,158 @@
+"""The labels of structures, in whatever format they are read: one that is missing has no weight, and is not counted.
+
+MACE gives labels of 0 and full weight to structures that lack one, where the key is one that ASE takes over
+(``energy``, ``forces``, ``stress``) and in HDF5 files made so.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import ase
+import ase.io
+import numpy as np
+from mace.data import Configuration, KeySpecification, config_from_atoms
+from mace.tools import DefaultKeys
+
+from mace_peft.errors import PeftError, one_line
+
+LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
+DEFAULT_KEYS = {name.removesuffix("_key"): key for name, key in DefaultKeys.keydict().items()}
+ISOLATED = "IsolatedAtom"  # the config_type of the atoms alone that give E0s
+
+
+def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name: str = "Default",
+                  config_type_weights: dict | None = None, extract_atomic_energies: bool = False,
+                  keep_isolated_atoms: bool = False, no_data_ok: bool = False) -> tuple[dict, list[Configuration]]:
+    """What MACE's function of this name gives, with the labels that ASE took over under their own keys.
+
+    Returns the energies of isolated atoms (eV, by atomic number), of those that have one, and the configurations.
+    Raises PeftError if the file cannot be read, is empty, or has no label under the keys.
+    """
+    structures = read(file_path)
+    for atoms in structures:
+        give_back(atoms, key_specification)
+        atoms.info[key_specification.info_keys["head"]] = head_name
+    energies = {}
+    if extract_atomic_energies:
+        energy_key = key_specification.info_keys["energy"]
+        energies = {int(atoms.numbers[0]): float(atoms.info[energy_key]) for atoms in structures
+                    if is_alone(atoms) and energy_key in atoms.info}
+        if not keep_isolated_atoms:
+            structures = [atoms for atoms in structures if not is_alone(atoms)]
+        if not structures:
+            raise PeftError(f"{file_path} has isolated atoms alone: add structures to train on")
+    configurations = [config_from_atoms(atoms, key_specification, config_type_weights, head_name)
+                      for atoms in structures]
+    for number, configuration in enumerate(configurations):
+        weigh(configuration, f"structure {number} of {file_path}")
+    counts = count(configurations)
+    if not no_data_ok and not (counts["energy"] or counts["forces"] or counts["dipole"]):
+        raise PeftError(f"no structure of {file_path} has a label: its keys are {', '.join(keys_of(structures))}, and "
+                        f"{keys_asked(key_specification)} are asked for: give those of the file by --energy_key and "
+                        "--forces_key")
+    return energies, configurations
+
+
+def is_alone(atoms: ase.Atoms) -> bool:
+    return len(atoms) == 1 and atoms.info.get("config_type") == ISOLATED
+
+
+def read(file_path: str) -> list[ase.Atoms]:
+    """The structures of a file that ASE reads. Raises PeftError if there are none, or it cannot be read."""
+    try:
+        structures = ase.io.read(file_path, ":")
+    except FileNotFoundError:
+        raise PeftError(f"{file_path} does not exist: check the path") from None
+    except Exception as error:  # formats of all kinds, which fail in as many ways
+        raise PeftError(f"{file_path} cannot be read ({one_line(error)}): give an extended XYZ file, or another that "
+                        "ASE reads") from error
+    structures = structures if isinstance(structures, list) else [structures]
+    if not structures:
+        raise PeftError(f"{file_path} has no structures: give a file that has some")
+    return structures
+
+
+def give_back(atoms: ase.Atoms, key_specification: KeySpecification) -> None:
+    """Put the labels that ASE has moved to a calculator under their keys again."""
+    results = getattr(atoms.calc, "results", {})
+    for keys, holder in ((key_specification.info_keys, atoms.info), (key_specification.arrays_keys, atoms.arrays)):
+        for key in keys.values():
+            if key not in holder and results.get(key) is not None:
+                holder[key] = results[key]
+
+
+def weigh(configuration: Configuration, where: str) -> None:
+    """Give labels that are missing, or NaN throughout, no weight.
+
+    Raises PeftError for one of another shape than it has to be, or that is NaN or infinite in part, since weights are
+    those of whole labels; and for weights that are none.
+    """
+    atoms = len(configuration.atomic_numbers)
+    for name, value in configuration.properties.items():
+        if name not in LABELS:
+            continue
+        if value is not None:
+            value = numbers(name, value, where)
+            if value.shape not in shapes(name, atoms):
+                raise PeftError(f"{name} of {where} has the shape {value.shape}, and not {shapes(name, atoms)[0]}: "
+                                "correct it, or leave it out, which gives it no weight")
+        if value is None or np.isnan(value).all():
+            configuration.properties[name] = None
+        elif not np.isfinite(value).all():
+            raise PeftError(f"{name} of {where} holds NaN or infinity: correct it, or leave the whole label out, "
+                            "which gives it no weight")
+    for name in LABELS:
+        if configuration.properties.get(name) is None:
+            configuration.property_weights[name] = 0.0
+    for name, weight in {"config_weight": configuration.weight, **configuration.property_weights}.items():
+        value = numbers(f"the weight {name}", 1.0 if weight is None else weight, where)
+        if not (np.isfinite(value).all() and (value >= 0).all()):
+            raise PeftError(f"the weight {name} of {where} is {weight}: give a number from 0 up")
+
+
+def numbers(name: str, value: object, where: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise PeftError(f"{name} of {where} is {value!r:.60}: give numbers, or leave it out") from None
+
+
+def shapes(name: str, atoms: int) -> list[tuple[int, ...]]:
+    """The shapes that the label may have: MACE takes symmetric tensors in Voigt's notation too."""
+    tensor = [(3, 3), (6,), (9,)]
+    return {"energy": [()], "forces": [(atoms, 3)], "stress": tensor, "virials": tensor, "dipole": [(3,)],
+            "charges": [(atoms,)], "polarizability": [(3, 3), (9,), (1, 3, 3)]}[name]
+
+
+def count(configurations: Iterable[Configuration]) -> dict[str, int]:
+    """How many of them have each label, with a weight."""
+    counts = dict.fromkeys(LABELS, 0)
+    for configuration in configurations:
+        for name in LABELS:
+            counts[name] += has(configuration, name)
+    return counts
+
+
+def has(configuration: Configuration, name: str) -> bool:
+    weight = configuration.property_weights.get(name, 1.0)
+    return configuration.properties.get(name) is not None and bool(np.any(weight))
+
+
+def log_dataset_contents(dataset: Sequence[Configuration], dataset_name: str) -> None:
+    """MACE's line on a set of data, with numbers of structures in the place of sums of weights."""
+    log_counts(dataset_name, count(dataset))
+
+
+def log_counts(dataset_name: str, counts: dict[str, int]) -> None:
+    logging.info(f"{dataset_name} [{', '.join(f'{name}: {number}' for name, number in counts.items())}]")
+
+
+def keys_of(structures: Sequence[ase.Atoms]) -> list[str]:
+    """The keys that labels of these structures may be under."""
+    found = {key for atoms in structures for key in (*atoms.info, *atoms.arrays, *getattr(atoms.calc, "results", {}))}
+    return sorted(found - {"numbers", "positions", "config_type", "head"}) or ["none"]
+
+
+def keys_asked(key_specification: KeySpecification) -> str:
+    return " and ".join({**key_specification.info_keys, **key_specification.arrays_keys}[name]
+                        for name in ("energy", "forces"))
