@@ -23,6 +23,7 @@ from mace_peft.train.batches import full_batches
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.train.energies import put_E0s_right
 from mace_peft.train.gradients import differentiate, reach_all
+from mace_peft.train.heads import with_one_head
 from mace_peft.train.loop import train
 from mace_peft.train.not_finite import FiniteLosses
 from mace_peft.train.reading import Reading
@@ -66,6 +67,10 @@ class FineTune:
     def jit(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(compile=self.results.compile)
 
+    def begun(self) -> bool:
+        """Whether the training has, for all that can be known: MACE makes its checkpoints' handler right before."""
+        return self.checkpoints is not None
+
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -103,9 +108,11 @@ class FineTune:
 
     # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
     def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
+        logging.info(f"The run starts from the head {head} of the foundation, which has {', '.join(foundation.heads)}")
         foundation = foundation.to(torch.get_default_dtype())
         if is_adapted(foundation):  # what its readouts were before is known only here
             self.base = self.original.remove_pt_head(eject(copy.deepcopy(foundation)), head)
+            return with_one_head(foundation, head, self.original.remove_pt_head)
         return self.original.remove_pt_head(foundation, head)
 
     def chosen_head(self, foundation: nn.Module, head_configs: list) -> nn.Module:

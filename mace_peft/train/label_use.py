@@ -4,6 +4,7 @@ import argparse
 import logging
 
 from mace_peft.errors import PeftError
+from mace_peft.train.heads import PT_HEAD
 from mace_peft.train.labels import DEFAULT_KEYS, LABELS, keys_of, read
 
 # losses that take more than energies and forces, or less
@@ -44,7 +45,7 @@ def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, 
 def asked_keys(name: str, heads: list) -> list[str]:
     """Keys of the label that are not MACE's own ones, in heads that are read from XYZ files."""
     keys = [{**head.key_specification.info_keys, **head.key_specification.arrays_keys}.get(name) for head in heads
-            if head.collections is not None and head.head_name != "pt_head"]
+            if head.collections is not None and head.head_name != PT_HEAD]
     return [key for key in keys if key not in (None, DEFAULT_KEYS.get(name))]
 
 

@@ -40,12 +40,14 @@ def install(run_train: types.ModuleType) -> None:
             check_options(args)
             settle_cueq(args)
             from mace_peft.train.finetune import FineTune
+            from mace_peft.train.first_mistakes import check_first_mistakes, one_line_before_training
             from mace_peft.train.seams import replaced_names
             from mace_peft.train.start import find_start
 
+            check_first_mistakes(args)
             fast = settings.pop("fast")
             fine_tune = FineTune(run_train, args, find_start(args, settings), fast)
-            with sole_run(args), replaced_names(run_train, fine_tune, fast):
+            with sole_run(args), replaced_names(run_train, fine_tune, fast), one_line_before_training(fine_tune.begun):
                 return fine_tune.results.run(original_run)
         except PeftError as error:
             stop(error)

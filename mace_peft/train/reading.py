@@ -13,10 +13,9 @@ from mace_peft.errors import PeftError
 from mace_peft.train.data_files import check_files, listed_elements, read_statistics, weights_by_type
 from mace_peft.train.datasets import HDF5Dataset, check_elements_listed, counts_of
 from mace_peft.train.energies import asked_E0s, average_E0s, complete, narrow
+from mace_peft.train.heads import PT_HEAD
 from mace_peft.train.label_use import check_labels
 from mace_peft.train.labels import ISOLATED, count
-
-PT_HEAD = "pt_head"  # MACE's name for the head of replay
 
 
 class Reading:
@@ -37,8 +36,6 @@ class Reading:
 
     def dict_head_to_dataclass(self, head: dict, head_name: str, args: argparse.Namespace):
         """MACE's configuration of a head, with what its statistics file says unless an option says otherwise."""
-        if args.train_file is None and head.get("train_file") is None:
-            raise PeftError(f"there is no --train_file for the head {head_name}: give one")
         config = self.original.dict_head_to_dataclass(head, head_name, args)
         check_files(config, args)
         if config.statistics_file is not None and head_name != PT_HEAD:

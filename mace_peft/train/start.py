@@ -14,6 +14,7 @@ from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
+from mace_peft.train.heads import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 
 OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each
@@ -44,6 +45,7 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     directory = settings.pop("adapter", None)
     model = load_foundation(args.foundation_model, args.default_dtype)
     check_class(args, model)
+    choose_foundation_head(args, model, directory is not None or is_adapted(model))
     name = Path(args.foundation_model).name
     if is_adapted(model):
         if directory is not None:
@@ -56,9 +58,9 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     else:
         source = {"name": name, "head": args.foundation_head, "fingerprint": fingerprint(model)}
         if directory is not None:
-            several = len(model.heads) > 1
+            several, heads = len(model.heads) > 1, model.heads
             model = load_adapter(model.to(getattr(torch, args.default_dtype)), directory)
-            trained = origin(model).get("head")
+            trained = origin(model).get("head") or first_head(heads)
             if several and trained != args.foundation_head:
                 raise PeftError(f"--foundation_head {args.foundation_head} differs from the head {trained} that the "
                                 f"adapter {directory} was trained from: add --foundation_head {trained}")
