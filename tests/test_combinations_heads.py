@@ -105,7 +105,8 @@ def test_replay_of_weight_0_is_the_fine_tune_without_replay(inputs, start, tmp_p
     weightless = {"pt_train_file": inputs / "pt_weightless.xyz"}
     doubled = {"energy_weight": 2.0, "forces_weight": 20.0}
     run, _ = train_only(inputs, tmp_path / "weightless", **options | doubled | weightless)
-    alone = {"multiheads_finetuning": False, "loss": "universal", "batch_size": 8, "pt_train_file": None}
+    alone = {"multiheads_finetuning": False, "loss": "universal", "batch_size": 8, "pt_train_file": None,
+             "pt_valid_file": None}
     without, _ = train_only(inputs, tmp_path / "without", **options | alone, energy_weight=1.0, forces_weight=10.0)
     assert_same(adapters(run), adapters(without), 1e-8)
     weighty, _ = train_only(inputs, tmp_path / "weighty", **options | doubled)
@@ -120,7 +121,8 @@ def test_heads_may_have_keys_of_their_own(inputs, start, tmp_path):
     ase.io.write(inputs / "pt_valid_keys.xyz", strip(structures[8:]))
     heads = {"Default": {"train_file": str(inputs / "train.xyz"), "valid_file": str(inputs / "valid.xyz")},
              "pt_head": {"info_keys": {"energy": "PT_energy"}, "arrays_keys": {"forces": "PT_forces"}}}
-    run, _ = train_only(inputs, tmp_path / "heads", heads=heads, **replay(inputs, "_keys"), **start)
+    run, _ = train_only(inputs, tmp_path / "heads", heads=heads, test_file=None, **replay(inputs, "_keys"),
+                        **start)
     expected, _ = train_only(inputs, tmp_path / "plain", **replay(inputs), **start)
     assert_same(adapters(run), adapters(expected), 1e-10)
 

@@ -30,12 +30,14 @@ class AsRead:
 class Checked:
     """What both formats share: each structure is read, checked, weighed and counted.
 
-    counts: how many structures have each label.
+    counts: how many structures have each label. weight: multiplies those of all structures.
     """
+
+    weight = 1.0
 
     def look_at_all(self, file_path: str) -> None:
         """Raise PeftError for a structure that cannot be read or used; log how many have each label."""
-        self.counts = count([])
+        self.counts, weighed = count([]), count([])
         for index in range(len(self)):
             try:
                 configuration = self.configuration(index)
@@ -44,14 +46,17 @@ class Checked:
             except Exception as error:  # a file of another layout fails in many ways
                 raise unreadable(f"structure {index} of {file_path}", error) from error
             check_elements_listed(configuration.atomic_numbers.tolist(), self.z_table.zs, file_path)
-            for name, number in count([configuration]).items():
-                self.counts[name] += number
+            for counts, of_this in ((self.counts, count([configuration], weighed=False)),
+                                    (weighed, count([configuration]))):
+                counts.update({name: counts[name] + number for name, number in of_this.items()})
         if not len(self):
             raise PeftError(f"{file_path} has no structures: give a file that has some")
-        log_counts(f"{file_path}, {len(self)} structures", self.counts)
+        log_counts(f"{file_path}, {len(self)} structures", weighed)
 
     def __getitem__(self, index: int) -> AtomicData:
-        return AtomicData.from_config(self.configuration(index), z_table=self.z_table, cutoff=self.r_max,
+        configuration = self.configuration(index)
+        configuration.weight *= self.weight
+        return AtomicData.from_config(configuration, z_table=self.z_table, cutoff=self.r_max,
                                       heads=self.kwargs.get("heads", ["Default"]))
 
 
@@ -100,10 +105,9 @@ def dataset_from_sharded_hdf5(files: str, z_table, r_max: float, **kwargs) -> Co
     return ConcatDataset([HDF5Dataset(str(path), r_max, z_table, **kwargs) for path in paths])
 
 
-def counts_of(dataset) -> dict[str, int]:
-    """How many structures have each label, of one of these or of several together."""
-    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
-    return {name: sum(part.counts[name] for part in parts) for name in count([])}
+def parts_of(dataset: Checked | ConcatDataset) -> list[Checked]:
+    """The files of a set."""
+    return dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
 
 
 def check_elements_listed(elements: list[int], listed: list[int], where: str) -> None:

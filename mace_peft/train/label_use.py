@@ -3,6 +3,8 @@
 import argparse
 import logging
 
+from mace.tools import build_default_arg_parser
+
 from mace_peft.errors import PeftError
 from mace_peft.train.heads import PT_HEAD
 from mace_peft.train.labels import DEFAULT_KEYS, LABELS, keys_of, read
@@ -37,9 +39,22 @@ def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, 
             key = {**key.info_keys, **key.arrays_keys}.get(name, DEFAULT_KEYS.get(name))
             logging.warning(f"No structure of the training set has {name} under the key {key} (--{name}_key), so that "
                             f"--loss {args.loss} trains on the other labels alone")
-        if name not in taken and asked:
+        if name not in taken and asked and trained[name]:
             logging.warning(f"--loss {args.loss} leaves out the {trained[name]} labels of {name} (--{name}_key "
                             f"{asked[0]})")
+    for name in ignored_weights(args, taken):
+        logging.warning(f"--{name} {getattr(args, name)} has no effect with --loss {args.loss}, which weighs "
+                        f"{' and '.join(taken)}{' by 1 each' if args.loss == 'ef' else ''}: --loss weighted, stress or "
+                        "virials take weights")
+    if args.swa and "stress" in taken and args.loss == "huber":
+        logging.warning("Stage two of --loss huber is that of --loss weighted in MACE, and leaves the stress out")
+
+
+def ignored_weights(args: argparse.Namespace, taken: tuple[str, ...]) -> list[str]:
+    """The weights of losses that are given, and of which the chosen loss takes no notice in stage one."""
+    default = build_default_arg_parser().get_default
+    given = [name for name in LABELS if getattr(args, f"{name}_weight", None) != default(f"{name}_weight")]
+    return [f"{name}_weight" for name in given if args.loss == "ef" or name not in taken]
 
 
 def asked_keys(name: str, heads: list) -> list[str]:

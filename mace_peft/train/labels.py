@@ -45,7 +45,7 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
                       for atoms in structures]
     for number, configuration in enumerate(configurations):
         weigh(configuration, f"structure {number} of {file_path}")
-    counts = count(configurations)
+    counts = count(configurations, weighed=False)
     if not no_data_ok and not (counts["energy"] or counts["forces"] or counts["dipole"]):
         raise PeftError(f"no structure of {file_path} has a label: its keys are {', '.join(keys_of(structures))}, and "
                         f"{keys_asked(key_specification)} are asked for: give those of the file by --energy_key and "
@@ -88,6 +88,8 @@ def weigh(configuration: Configuration, where: str) -> None:
     those of whole labels; and for weights that are none.
     """
     atoms = len(configuration.atomic_numbers)
+    if not (np.isfinite(configuration.positions).all() and np.isfinite(configuration.cell).all()):
+        raise PeftError(f"the positions or the cell of {where} hold NaN or infinity: correct them")
     for name, value in configuration.properties.items():
         if name not in LABELS:
             continue
@@ -124,18 +126,22 @@ def shapes(name: str, atoms: int) -> list[tuple[int, ...]]:
             "charges": [(atoms,)], "polarizability": [(3, 3), (9,), (1, 3, 3)]}[name]
 
 
-def count(configurations: Iterable[Configuration]) -> dict[str, int]:
-    """How many of them have each label, with a weight."""
+def count(configurations: Iterable[Configuration], weighed: bool = True) -> dict[str, int]:
+    """How many of them have each label; of those that it is given a weight of 0, only where weighed is False."""
     counts = dict.fromkeys(LABELS, 0)
     for configuration in configurations:
         for name in LABELS:
-            counts[name] += has(configuration, name)
+            counts[name] += has(configuration, name) and (not weighed or is_weighed(configuration, name))
     return counts
 
 
 def has(configuration: Configuration, name: str) -> bool:
-    weight = configuration.property_weights.get(name, 1.0)
-    return configuration.properties.get(name) is not None and bool(np.any(weight))
+    return configuration.properties.get(name) is not None
+
+
+def is_weighed(configuration: Configuration, name: str) -> bool:
+    weight = configuration.property_weights.get(name)
+    return bool(configuration.weight != 0 and np.any(1.0 if weight is None else weight))
 
 
 def log_dataset_contents(dataset: Sequence[Configuration], dataset_name: str) -> None:

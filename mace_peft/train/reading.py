@@ -11,7 +11,7 @@ from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
 from mace_peft.backbones.foundation import symbols
 from mace_peft.errors import PeftError
 from mace_peft.train.data_files import check_files, listed_elements, read_statistics, weights_by_type
-from mace_peft.train.datasets import HDF5Dataset, check_elements_listed, counts_of
+from mace_peft.train.datasets import HDF5Dataset, check_elements_listed, parts_of
 from mace_peft.train.energies import asked_E0s, average_E0s, complete, narrow
 from mace_peft.train.heads import PT_HEAD
 from mace_peft.train.label_use import check_labels
@@ -23,7 +23,7 @@ class Reading:
 
     check_known: raises PeftError for elements (atomic numbers) that the model to start from does not know.
     heads: MACE's configuration of each head, in the order of the run. E0s: what each asks for, see ``asked_E0s``.
-    counts: how many structures have each label, by head and part ("train" or "valid"), in files that are not XYZ.
+    counts: how many structures have each label, by head and part ("train" or "valid").
     """
 
     def __init__(self, original: types.SimpleNamespace, args: argparse.Namespace, check_known):
@@ -117,20 +117,21 @@ class Reading:
         dataset = self.original.load_dataset_for_path(**kwargs)
         if kwargs.get("collection") is None:
             part = "valid" if kwargs["file_path"] in (config.valid_file or ()) else "train"
-            held = self.counts.setdefault((config.head_name, part), count([]))
-            for name, number in counts_of(dataset).items():
-                held[name] += number
+            for file in parts_of(dataset):
+                self.add(config.head_name, part, file.counts)
+                file.weight = self.args.weight_pt_head if config.head_name == PT_HEAD else 1.0
         return dataset
 
+    def add(self, head_name: str, part: str, counts: dict[str, int]) -> None:
+        held = self.counts.setdefault((head_name, part), count([]))
+        held.update({name: held[name] + number for name, number in counts.items()})
+
     def check_before_training(self) -> None:
-        """Raise PeftError for labels that do not go with the loss, and for test sets that MACE opens in the end."""
-        counts = {key: dict(held) for key, held in self.counts.items()}
+        """Raise PeftError for labels that do not go with the loss."""
         for config in self.heads:
             for part in ("train", "valid") if config.collections is not None else ():
-                held = counts.setdefault((config.head_name, part), count([]))
-                for name, number in count(getattr(config.collections, part)).items():
-                    held[name] += number
-        check_labels(self.args, self.heads, counts)
+                self.add(config.head_name, part, count(getattr(config.collections, part), weighed=False))
+        check_labels(self.args, self.heads, self.counts)
 
     def check_tests(self, z_table, heads: list[str]) -> None:
         """Open the folders of test sets, which MACE opens after the training."""
