@@ -1,0 +1,132 @@
+"""The E0s of a run are those that it was asked for, or it stops: for every way to give them and every set of elements."""
+
+import ast
+import contextlib
+import itertools
+import json
+import unittest.mock
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mace.cli import run_train
+from releases import since
+from runs import train_here, write_inputs
+from tiny import ELEMENTS, predict, tiny_mace
+
+from mace_peft import PeftError
+from mace_peft.train.energies import asked_E0s
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+FOUNDATION = dict(zip(ELEMENTS, (-1.0, -2.0, -3.0), strict=True))
+UNKNOWN = 7  # to the foundation
+SHIFT = {1: 0.25, 6: -0.5, 7: 1.0, 8: 0.125}  # of the labels against the foundation
+ALONE = {1: -0.5, 6: -1.5, 7: -1.75, 8: -2.5}
+GIVEN = {1: -0.7, 6: -1.9, 7: -2.0, 8: -2.6, 16: -9.0}
+WAYS = ("none", "IsolatedAtom", "foundation", "average", "numbers", "file", "by head", "statistics", "statistics and "
+        "numbers", *(("estimated", "statistics and estimated") if since("0.3.15") else ()))
+elements = st.sets(st.sampled_from(ELEMENTS), min_size=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def labelled(present: set[int]) -> list[Atoms]:
+    """Chains of these elements, each with another composition, and energies that the foundation has but for a shift."""
+    structures = []
+    for count, number in itertools.product((1, 2, 3), sorted(present)):
+        numbers = [*sorted(present), *[number] * count]
+        atoms = Atoms(numbers, positions=[(1.2 * i, 0.3 * (i % 2), 0) for i in range(len(numbers))])
+        known = Atoms([min(z, 8) if z != UNKNOWN else 8 for z in numbers], positions=atoms.positions)
+        atoms.info["REF_energy"] = predict(tiny_mace(), [known])[0].item() + sum(SHIFT[z] for z in numbers)
+        atoms.arrays["REF_forces"] = np.zeros((len(atoms), 3))
+        structures.append(atoms)
+    return structures
+
+
+def reached(folder, **options) -> dict[int, float] | None:
+    """The E0s that the run has made up when it goes on to its model; None if it has stopped with exit code 2."""
+    seen = {}
+
+    def configure_model(args, loader, atomic_energies, foundation, heads, z_table, head_configs):
+        seen.update(zip(z_table.zs, np.ravel(atomic_energies).tolist(), strict=True))
+        raise KeyboardInterrupt
+
+    with unittest.mock.patch.object(run_train, "configure_model", configure_model), \
+            contextlib.suppress(KeyboardInterrupt):
+        try:
+            train_here(folder, peft="elora", peft_rank=1, test_file=None, batch_size=1, **options)
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return None
+    return seen
+
+
+def expected(way: str, structures: list[Atoms], present: set[int], given: set[int], alone: set[int]):
+    """By hand: the E0s, or None where they cannot be had."""
+    if UNKNOWN in present:
+        return None
+    if way in ("none", "IsolatedAtom"):
+        return {z: ALONE[z] for z in present} if present <= alone else None
+    if way == "foundation":
+        return {z: FOUNDATION[z] for z in present}
+    if "estimated" in way:
+        return {z: FOUNDATION[z] + SHIFT[z] for z in present}
+    if way == "average":
+        counts = np.array([[np.count_nonzero(atoms.numbers == z) for z in sorted(present)] for atoms in structures])
+        energies = np.array([atoms.info["REF_energy"] for atoms in structures])
+        return dict(zip(sorted(present), np.linalg.lstsq(counts, energies, rcond=None)[0], strict=True))
+    return {z: GIVEN[z] for z in present} if present <= given else None
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(way=st.sampled_from(WAYS), present=elements, unknown=st.integers(0, 7), given=st.sets(
+    st.sampled_from(sorted(GIVEN)), min_size=1), alone=st.sets(st.sampled_from(sorted(ALONE))))
+def test_E0s_are_those_asked_for(folder, capsys, way, present, unknown, given, alone):
+    present = present | ({UNKNOWN} if unknown == 0 else set())
+    structures = labelled(present)
+    atoms = [Atoms([z], info={"config_type": "IsolatedAtom", "REF_energy": ALONE[z]}) for z in alone]
+    ase.io.write(folder / "E0_train.xyz", [*structures, *atoms])
+    ase.io.write(folder / "E0_valid.xyz", structures[:2])
+    numbers = str({z: GIVEN[z] for z in given})
+    (folder / "E0s.json").write_text(json.dumps(ast.literal_eval(numbers)))
+    other = numbers if way == "statistics" else str(dict.fromkeys(present, -77.0))
+    (folder / "statistics.json").write_text(json.dumps({
+        "atomic_energies": other, "atomic_numbers": str(sorted(present)), "avg_num_neighbors": 3.0, "mean": 0.0,
+        "std": 1.0}))
+    E0s = {"none": None, "statistics": None, "numbers": numbers, "statistics and numbers": numbers,
+           "file": folder / "E0s.json", "by head": str({"Default": ast.literal_eval(numbers)}),
+           "statistics and estimated": "estimated"}.get(way, way)
+    statistics = folder / "statistics.json" if "statistics" in way else None
+    capsys.readouterr()
+    held = reached(folder, E0s=E0s, train_file=folder / "E0_train.xyz", valid_file=folder / "E0_valid.xyz",
+                   statistics_file=statistics)
+    right = expected(way, structures, present, given, alone)
+    assert (held is None) == (right is None)
+    if held is None:
+        said = capsys.readouterr().err
+        assert said.startswith("mace_run_train: error: ") and said.count("\n") == 1 and "MACE failed" not in said
+    else:
+        assert held == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("option, words", [
+    ("foundatoin", "did you mean foundation"), ("{1: }", "neither a word"), ("-13.6", "is no dictionary"),
+    ("{'H': -13.6}", "entry 'H'"), ("{1: None}", "entry 1"), ("{200: 1.0}", "entry 200"), ("{}", "is no dictionary"),
+    ("{1: nan}", "neither a word"), ("nowhere.json", "does not exist"), ("{'other': {1: 0.0}}", "no entry for the head"),
+])
+def test_E0s_that_are_none_are_refused(option, words):
+    with pytest.raises(PeftError, match=words):
+        asked_E0s(option, "mine")
+
+
+def test_E0s_may_be_mappings():
+    assert asked_E0s({1: -13, "8": -2041.5}, "mine") == {1: -13, 8: -2041.5}
+    assert asked_E0s({"mine": "Average", "other": {1: 0.0}}, "mine") == "average"
