@@ -1,4 +1,4 @@
-"""The E0s of a run are those that it was asked for, or it stops: for every way to give them and every set of elements."""
+"""The E0s of a run are those asked for, or it stops: for every way to give them and every set of elements."""
 
 import ast
 import contextlib
@@ -120,7 +120,8 @@ def test_E0s_are_those_asked_for(folder, capsys, way, present, unknown, given, a
 @pytest.mark.parametrize("option, words", [
     ("foundatoin", "did you mean foundation"), ("{1: }", "neither a word"), ("-13.6", "is no dictionary"),
     ("{'H': -13.6}", "entry 'H'"), ("{1: None}", "entry 1"), ("{200: 1.0}", "entry 200"), ("{}", "is no dictionary"),
-    ("{1: nan}", "neither a word"), ("nowhere.json", "does not exist"), ("{'other': {1: 0.0}}", "no entry for the head"),
+    ("{1: nan}", "neither a word"), ("nowhere.json", "does not exist"),
+    ("{'other': {1: 0.0}}", "no entry for the head"),
 ])
 def test_E0s_that_are_none_are_refused(option, words):
     with pytest.raises(PeftError, match=words):

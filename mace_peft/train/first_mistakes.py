@@ -37,8 +37,9 @@ def check_first_mistakes(args: argparse.Namespace) -> None:
     for name, read in (("foundation_model_kwargs", ast.literal_eval), ("lr_params_factors", json.loads)):
         check_mapping(name, getattr(args, name, None), read)
     check_replay(args)
-    if args.loss == "forces_only" and args.swa:
-        raise PeftError("--swa True cannot go with --loss forces_only, of which MACE has no stage two: leave one out")
+    if args.loss == "forces_only" and (args.swa or args.start_swa is not None):
+        raise PeftError("stage two cannot go with --loss forces_only, of which MACE has none: leave out --swa and "
+                        "--start_swa, or use --loss weighted")
     for option, wanted, package in (("optimizer", "schedulefree", "schedulefree"), ("wandb", True, "wandb")):
         if getattr(args, option) == wanted and importlib.util.find_spec(package) is None:
             raise PeftError(f"--{option} {wanted} needs {package}, which is not installed: pip install {package}, or "
