@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import itertools
 import json
 import unittest.mock
@@ -29,6 +30,7 @@ ALONE = {1: -0.5, 6: -1.5, 7: -1.75, 8: -2.5}
 GIVEN = {1: -0.7, 6: -1.9, 7: -2.0, 8: -2.6, 16: -9.0}
 WAYS = ("none", "IsolatedAtom", "foundation", "average", "numbers", "file", "by head", "statistics", "statistics and "
         "numbers", *(("estimated", "statistics and estimated") if since("0.3.15") else ()))
+model = functools.cache(tiny_mace)
 elements = st.sets(st.sampled_from(ELEMENTS), min_size=1)
 
 
@@ -44,7 +46,7 @@ def labelled(present: set[int]) -> list[Atoms]:
         numbers = [*sorted(present), *[number] * count]
         atoms = Atoms(numbers, positions=[(1.2 * i, 0.3 * (i % 2), 0) for i in range(len(numbers))])
         known = Atoms([min(z, 8) if z != UNKNOWN else 8 for z in numbers], positions=atoms.positions)
-        atoms.info["REF_energy"] = predict(tiny_mace(), [known])[0].item() + sum(SHIFT[z] for z in numbers)
+        atoms.info["REF_energy"] = predict(model(), [known])[0].item() + sum(SHIFT[z] for z in numbers)
         atoms.arrays["REF_forces"] = np.zeros((len(atoms), 3))
         structures.append(atoms)
     return structures
@@ -85,7 +87,7 @@ def expected(way: str, structures: list[Atoms], present: set[int], given: set[in
     return {z: GIVEN[z] for z in present} if present <= given else None
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(way=st.sampled_from(WAYS), present=elements, unknown=st.integers(0, 7), given=st.sets(
     st.sampled_from(sorted(GIVEN)), min_size=1), alone=st.sets(st.sampled_from(sorted(ALONE))))
