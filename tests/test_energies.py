@@ -133,3 +133,39 @@ def test_E0s_that_are_none_are_refused(option, words):
 def test_E0s_may_be_mappings():
     assert asked_E0s({1: -13, "8": -2041.5}, "mine") == {1: -13, 8: -2041.5}
     assert asked_E0s({"mine": "Average", "other": {1: 0.0}}, "mine") == "average"
+
+
+def test_energies_of_isolated_atoms_under_a_key_of_ase(folder):
+    """ASE moves them to a calculator, and MACE takes 0."""
+    structures = [*labelled({1, 6, 8}), *(Atoms([z], info={"config_type": "IsolatedAtom", "REF_energy": ALONE[z]})
+                                           for z in ELEMENTS)]
+    text = []
+    for atoms in structures:
+        rows = [f"{symbol} {' '.join(map(str, position))} 0 0 0" for symbol, position in
+                zip(atoms.symbols, atoms.positions, strict=True)]
+        kind = f" config_type={atoms.info['config_type']}" if "config_type" in atoms.info else ""
+        text += [str(len(atoms)), f'Properties=species:S:1:pos:R:3:forces:R:3 energy={atoms.info["REF_energy"]}{kind} '
+                 'pbc="F F F"', *rows]
+    (folder / "ase.xyz").write_text("\n".join(text) + "\n")
+    held = reached(folder, E0s="IsolatedAtom", train_file=folder / "ase.xyz", valid_fraction=0.2, valid_file=None,
+                   energy_key="energy", forces_key="forces")
+    assert held == {z: ALONE[z] for z in ELEMENTS}
+
+
+@pytest.mark.parametrize("E0s", ["average", pytest.param("estimated", marks=pytest.mark.since("0.3.15"))])
+def test_averages_take_the_energies_that_are_there(folder, capsys, E0s):
+    structures = labelled({1, 6, 8})
+    whole = reached(folder, E0s=E0s, **written(folder, structures))
+    structures += [atoms.copy() for atoms in structures]
+    for atoms in structures[9:]:
+        del atoms.info["REF_energy"]
+    assert reached(folder, E0s=E0s, **written(folder, structures)) == pytest.approx(whole, abs=1e-8)
+    for atoms in structures[:9]:
+        del atoms.info["REF_energy"]
+    assert reached(folder, E0s=E0s, **written(folder, structures)) is None
+    assert f"--E0s {E0s} has no energies" in capsys.readouterr().err
+
+
+def written(folder, structures: list[Atoms]) -> dict:
+    ase.io.write(folder / "E0_train.xyz", structures)
+    return {"train_file": folder / "E0_train.xyz", "valid_file": folder / "E0_train.xyz"}

@@ -167,6 +167,17 @@ def check_errors(ref, missing: dict) -> None:
             assert errors.get(f"rmse_{end}_per_atom", 1 / atoms) == pytest.approx(1 / atoms, abs=1e-8)
 
 
+@pytest.mark.parametrize("head", ["one", "two"])
+def test_hdf5_structures_go_to_their_head(tmp_path, head):
+    """MACE gives those of all heads to the last one."""
+    configs = data.config_from_atoms_list(labelled({name: set() for name in LABELLED}, KEYS["default"]),
+                                          specification(KEYS["default"]))
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        data.save_configurations_as_HDF5(configs, 0, file)
+    dataset = datasets.HDF5Dataset(str(tmp_path / "data.h5"), CUTOFF, TABLE, heads=["one", "two", "three"], head=head)
+    assert {item.head.item() for item in items_of(dataset)} == {["one", "two"].index(head)}
+
+
 # --- labels that cannot be used ---------------------------------------------------------------------------------------
 
 

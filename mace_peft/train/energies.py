@@ -78,13 +78,13 @@ def complete(energies: dict[int, float], elements: Iterable[int], what: str) -> 
     return energies
 
 
-def average_E0s(configurations: list[data.Configuration] | None, z_table, head: str) -> dict[int, float]:
-    """MACE's least squares, over the structures that have an energy. Raises PeftError if there are none."""
-    known = [configuration for configuration in configurations or () if has(configuration, "energy")]
+def with_energy(configurations: list[data.Configuration], way: str) -> list[data.Configuration]:
+    """The structures that have an energy to take E0s from. Raises PeftError if there are none."""
+    known = [configuration for configuration in configurations if has(configuration, "energy")]
     if not known:
-        raise PeftError(f"--E0s average has no energies to average in the training set of the head {head}: give "
-                        "--energy_key, or the E0s")
-    return data.compute_average_E0s(known, z_table)
+        raise PeftError(f"--E0s {way} has no energies in the training set to take E0s from: give --energy_key, or the "
+                        "E0s")
+    return known
 
 
 def narrow(energies: dict[str, dict[int, float]], elements: Iterable[int]) -> None:

@@ -21,7 +21,7 @@ from mace_peft.model.summary import summary
 from mace_peft.train import datasets, labels, losses, metrics
 from mace_peft.train.batches import full_batches
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
-from mace_peft.train.energies import put_E0s_right
+from mace_peft.train.energies import put_E0s_right, with_energy
 from mace_peft.train.gradients import differentiate, reach_all
 from mace_peft.train.heads import with_one_head
 from mace_peft.train.loop import train
@@ -92,7 +92,7 @@ class FineTune:
     def apply_pseudolabels(self, **kwargs) -> bool:
         return apply_pseudolabels(self.original.apply_pseudolabels, **kwargs)
 
-    def estimate_e0s(self, foundation_model: nn.Module, foundation_e0s: dict, z_table, **kwargs):
+    def estimate_e0s(self, foundation_model: nn.Module, foundation_e0s: dict, collections_train: list, **kwargs):
         """``--E0s=estimated`` from the model that the run starts from, in the run's dtype.
 
         mace-torch 0.3.16 fails if the foundation has another dtype.
@@ -104,7 +104,8 @@ class FineTune:
                                 "give the E0s, or start from the foundation")
             foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
         return self.original.estimate_e0s(foundation_model=foundation_model.to(torch.get_default_dtype()),
-                                          foundation_e0s=foundation_e0s, z_table=z_table, **kwargs)
+                                          foundation_e0s=foundation_e0s,
+                                          collections_train=with_energy(collections_train, "estimated"), **kwargs)
 
     # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
     def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:
