@@ -84,6 +84,12 @@ def labelled(missing: dict, keys: dict, nan: bool = False) -> list:
     return structures
 
 
+def whole() -> list:
+    """Configurations that have all labels."""
+    keys = KEYS["default"]
+    return data.config_from_atoms_list(labelled(dict.fromkeys(LABELLED, ()), keys), specification(keys))
+
+
 def write_text(path, structures, keys: dict) -> None:
     """As extended XYZ of many digits, with the names as they are: ASE itself would rename some."""
     with open(path, "w") as file:
@@ -142,12 +148,10 @@ def test_missing_labels_cost_nothing_and_are_not_counted(tmp_path_factory, caplo
     caplog.set_level(logging.INFO)
     items = read(tmp_path_factory.mktemp("data"), missing, KEYS[keys], nan)
     line = caplog.messages[-1]
-    for name in LABELLED:
-        assert f"{name}: {COUNT - len(missing[name])}," in line, (name, line)
+    assert all(f"{name}: {COUNT - len(missing[name])}," in line for name in LABELLED), line
     ref, pred = next(iter(DataLoader(items, batch_size=COUNT, shuffle=False))), predicted()
     for name, loss in LOSSES.items():
-        value = loss()(ref=ref, pred=pred)
-        assert value.item() == pytest.approx(0, abs=1e-10), name
+        assert loss()(ref=ref, pred=pred).item() == pytest.approx(0, abs=1e-10), name
     check_errors(ref, missing)
 
 
@@ -170,10 +174,8 @@ def check_errors(ref, missing: dict) -> None:
 @pytest.mark.parametrize("head", ["one", "two"])
 def test_hdf5_structures_go_to_their_head(tmp_path, head):
     """MACE gives those of all heads to the last one."""
-    configs = data.config_from_atoms_list(labelled({name: set() for name in LABELLED}, KEYS["default"]),
-                                          specification(KEYS["default"]))
     with h5py.File(tmp_path / "data.h5", "w") as file:
-        data.save_configurations_as_HDF5(configs, 0, file)
+        data.save_configurations_as_HDF5(whole(), 0, file)
     dataset = datasets.HDF5Dataset(str(tmp_path / "data.h5"), CUTOFF, TABLE, heads=["one", "two", "three"], head=head)
     assert {item.head.item() for item in items_of(dataset)} == {["one", "two"].index(head)}
 
@@ -189,7 +191,7 @@ def test_hdf5_structures_go_to_their_head(tmp_path, head):
 ])
 def test_a_label_that_is_none_in_part_or_of_another_shape_stops(tmp_path, name, value, words):
     keys = KEYS["default"]
-    structures = labelled({name: set() for name in LABELLED}, keys)
+    structures = labelled(dict.fromkeys(LABELLED, ()), keys)
     if name == "forces":
         structures[1].arrays[keys[name]][2, 0] = np.nan
     else:
@@ -197,38 +199,6 @@ def test_a_label_that_is_none_in_part_or_of_another_shape_stops(tmp_path, name, 
     write_text(tmp_path / "data.xyz", structures, keys)
     with pytest.raises(PeftError, match=words):
         labels.load_from_xyz(str(tmp_path / "data.xyz"), specification(keys))
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_weights_of_structures_act_with_every_loss(name):
-    """A loss is linear in them: MACE's own huber, universal and l1l2energyforces are not."""
-    items = [AtomicData.from_config(config, z_table=TABLE, cutoff=CUTOFF) for config in data.config_from_atoms_list(
-        labelled({name: set() for name in LABELLED}, KEYS["default"]), specification(KEYS["default"]))]
-    off = {key: 1.01 * value.detach() + 0.001 for key, value in predicted().items()}
-
-    def value(weights) -> float:
-        for item, weight in zip(items, weights, strict=True):
-            item.weight = torch.tensor(float(weight))
-        return LOSSES[name]()(ref=next(iter(DataLoader(items, batch_size=COUNT, shuffle=False))), pred=off).item()
-
-    alone = [value(row) for row in np.eye(COUNT)]
-    assert min(alone) > 0
-    assert value([0.5, 2, 0, 3]) == pytest.approx(np.dot([0.5, 2, 0, 3], alone), rel=1e-10)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_with_weights_of_1_losses_are_those_of_mace(name):
-    items = [AtomicData.from_config(config, z_table=TABLE, cutoff=CUTOFF) for config in data.config_from_atoms_list(
-        labelled({name: set() for name in LABELLED}, KEYS["default"]), specification(KEYS["default"]))]
-    for item in items:
-        item.forces = 60 * item.forces / item.forces.norm(dim=-1).min()  # of all of the ranges of the universal loss
-    ref = next(iter(DataLoader(items, batch_size=COUNT, shuffle=False)))
-    off = {key: 1.01 * value.detach() + 0.001 for key, value in predicted().items()}
-    original = getattr(modules, LOSSES[name].__name__)
-    assert LOSSES[name]()(ref=ref, pred=off).item() == pytest.approx(original()(ref=ref, pred=off).item(), rel=1e-12)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
