@@ -1,12 +1,21 @@
-"""Weights of structures act with every loss, and with weights of 1 each loss is that of MACE."""
+"""Weights of structures act with every loss, and with weights of 1 each loss is that of MACE; the log names options that
+do not act.
+"""
+
+import argparse
+import types
 
 import numpy as np
 import pytest
 import torch
 from mace import modules
-from mace.data import AtomicData
+from mace.data import AtomicData, KeySpecification
 from mace.tools.torch_geometric.dataloader import DataLoader
 from test_labels import COUNT, CUTOFF, LOSSES, TABLE, predicted, whole
+
+from mace_peft import PeftError
+from mace_peft.train.label_use import check_labels
+from mace_peft.train.labels import LABELS
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -36,3 +45,28 @@ def test_with_weights_of_1_losses_are_those_of_mace(name):
     off = {key: 1.01 * value.detach() + 0.001 for key, value in predicted().items()}
     original = getattr(modules, LOSSES[name].__name__)
     assert LOSSES[name]()(ref=ref, pred=off).item() == pytest.approx(original()(ref=ref, pred=off).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss, given, words", [
+    ("ef", {"forces_weight": 1000.0}, "--forces_weight 1000.0 has no effect with --loss ef"),
+    ("weighted", {"stress_weight": 5.0}, "--stress_weight 5.0 has no effect with --loss weighted"),
+    ("huber", {"swa": True}, "Stage two of --loss huber is that of --loss weighted"),
+    ("stress", {}, "No structure of the training set has stress under the key REF_stress"),
+    ("weighted", {"energy_key": "E"}, "The keys E do not act on the head Default: HDF5"),
+])
+def test_what_does_not_act_is_named(caplog, loss, given, words):
+    args = argparse.Namespace(**{"loss": loss, "swa": False, "energy_weight": 1.0, "forces_weight": 100.0,
+                                 "stress_weight": 1.0, "virials_weight": 1.0, "dipole_weight": 1.0,
+                                 "polarizability_weight": 1.0} | given)
+    keys = KeySpecification({"energy": given.get("energy_key", "REF_energy"), "stress": "REF_stress"}, {})
+    head = types.SimpleNamespace(head_name="Default", collections=None, key_specification=keys)
+    counts = dict.fromkeys(LABELS, 0) | {"energy": 2, "forces": 2}
+    check_labels(args, [head], {("Default", "train"): counts, ("Default", "valid"): counts})
+    assert words in caplog.text
+
+
+def test_a_set_without_a_label_for_the_loss_stops():
+    args = argparse.Namespace(loss="forces_only")
+    counts = dict.fromkeys(LABELS, 0) | {"energy": 2}
+    with pytest.raises(PeftError, match="the validation set of the head Default has no label for --loss forces_only"):
+        check_labels(args, [], {("Default", "valid"): counts})

@@ -44,8 +44,6 @@ def check_first_mistakes(args: argparse.Namespace) -> None:
         if getattr(args, option) == wanted and importlib.util.find_spec(package) is None:
             raise PeftError(f"--{option} {wanted} needs {package}, which is not installed: pip install {package}, or "
                             "leave it out")
-    if args.wandb and not args.wandb_project:
-        raise PeftError("--wandb True needs the name of a project: give it by --wandb_project")
     told = SAID_BY.get(getattr(args, "launcher", None))
     if args.distributed and told is not None and told not in os.environ:
         raise PeftError(f"--launcher {args.launcher} has not started this process ({told} is not set): start "

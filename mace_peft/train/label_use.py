@@ -42,6 +42,11 @@ def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, 
         if name not in taken and asked and trained[name]:
             logging.warning(f"--loss {args.loss} leaves out the {trained[name]} labels of {name} (--{name}_key "
                             f"{asked[0]})")
+    for head in heads:
+        keys = [] if head.collections is not None else keys_of_head(head, LABELS)
+        if keys:
+            logging.warning(f"The keys {', '.join(keys)} do not act on the head {head.head_name}: HDF5 files have "
+                            "those that they were made with, and LMDB files MACE's own")
     for name in ignored_weights(args, taken):
         logging.warning(f"--{name} {getattr(args, name)} has no effect with --loss {args.loss}, which weighs "
                         f"{' and '.join(taken)}{' by 1 each' if args.loss == 'ef' else ''}: --loss weighted, stress or "
@@ -59,9 +64,14 @@ def ignored_weights(args: argparse.Namespace, taken: tuple[str, ...]) -> list[st
 
 def asked_keys(name: str, heads: list) -> list[str]:
     """Keys of the label that are not MACE's own ones, in heads that are read from XYZ files."""
-    keys = [{**head.key_specification.info_keys, **head.key_specification.arrays_keys}.get(name) for head in heads
-            if head.collections is not None and head.head_name != PT_HEAD]
-    return [key for key in keys if key not in (None, DEFAULT_KEYS.get(name))]
+    return [key for head in heads if head.collections is not None for key in keys_of_head(head, (name,))]
+
+
+def keys_of_head(head, names: tuple[str, ...]) -> list[str]:
+    """The keys of these labels that are not MACE's own ones; none for replay, which has MACE's data."""
+    keys = {**head.key_specification.info_keys, **head.key_specification.arrays_keys}
+    return [keys[name] for name in names if name in keys and keys[name] != DEFAULT_KEYS.get(name)
+            and head.head_name != PT_HEAD]
 
 
 def keys_in(path: str) -> list[str]:
