@@ -122,3 +122,15 @@ def test_a_mistake_is_one_line(inputs, tmp_path, capsys, monkeypatch, options, w
     assert stopped.value.code == 2
     assert said.startswith("mace_run_train: error: ") and said.count("\n") == 1
     assert re.search(words, said), said
+
+
+def test_what_mace_fails_on_before_the_training_is_one_line(inputs, tmp_path, capsys, monkeypatch):
+    """Its traceback goes to the debug log."""
+    monkeypatch.setattr(run_train, "get_avg_num_neighbors", lambda *given: {}["no such neighbour"])
+    with pytest.raises(SystemExit) as stopped:
+        train_here(inputs, **PEFT | {"work_dir": tmp_path})
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert "MACE failed before the training (KeyError: 'no such neighbour')" in said
+    (log,) = (tmp_path / "logs").glob("*_debug.log")
+    assert "Traceback" in log.read_text()

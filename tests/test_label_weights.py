@@ -1,5 +1,6 @@
-"""Weights of structures act with every loss, and with weights of 1 each loss is that of MACE; the log names options that
-do not act.
+"""Weights of structures act with every loss, and with weights of 1 each loss is that of MACE.
+
+What does not act is named in the log.
 """
 
 import argparse
