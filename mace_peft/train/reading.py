@@ -33,6 +33,7 @@ class Reading:
         self.heads: list = []
         self.E0s: dict[str, str | dict[int, float]] = {}
         self.counts: dict[tuple[str, str], dict[str, int]] = {}
+        self.opened: set[tuple[str, str]] = set()
 
     def dict_head_to_dataclass(self, head: dict, head_name: str, args: argparse.Namespace):
         """MACE's configuration of a head, with what its statistics file says unless an option says otherwise."""
@@ -118,7 +119,10 @@ class Reading:
                                       f"the {what} set of the head {config.head_name}")
         dataset = self.original.load_dataset_for_path(**kwargs)
         if kwargs.get("collection") is None:
-            part = "valid" if kwargs["file_path"] in (config.valid_file or ()) else "train"
+            # MACE opens the training files first, and one may be the validation file as well
+            opened = (config.head_name, kwargs["file_path"])
+            part = "train" if kwargs["file_path"] in config.train_file and opened not in self.opened else "valid"
+            self.opened.add(opened)
             for file in parts_of(dataset):
                 self.add(config.head_name, part, file.counts)
                 file.weight = self.args.weight_pt_head if config.head_name == PT_HEAD else 1.0
