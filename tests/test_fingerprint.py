@@ -157,7 +157,8 @@ class Scaled(torch.nn.Module):
 
 @pytest.mark.parametrize("attributes", [
     {"factor": 2.5}, {"bias": np.array([0.6])}, {"settings": {"on": False, "kind": "soft"}}, {"activation": torch.sin},
-    {"settings": {"on": True, "kind": "hard"}}, {"more": (1, 2)}], ids=str)
+    {"settings": {"on": True, "kind": "hard"}}, {"more": (1, 2)}],
+    ids=["a number", "an array", "a switch", "a function", "a text", "more"])
 def test_attributes_of_other_models_count(attributes):
     assert fingerprint(Scaled(**attributes)) != fingerprint(Scaled())
 
