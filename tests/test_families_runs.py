@@ -179,5 +179,5 @@ def test_les_of_several_heads_is_refused_as_a_stand_in_shows(les, refusal, tmp_p
     """MACE would leave its charges at random."""
     files = {f"{part}_file": str(tmp_path / f"{part}.xyz") for part in ("train", "valid")}
     heads = {head: {**files, "E0s": E0S[MOLECULE]} for head in ("one", "two")}
-    message = refusal(maceles(), model="MACELES", heads=str(heads))
+    message = refusal(maceles(), model="MACELES", heads=str(heads), test_file=None)
     assert "les_readouts." in message and "one, two" in message
