@@ -17,7 +17,7 @@ from tiny import configurations, predict
 from mace_peft import PeftError, load_adapter
 from mace_peft.adapter.directory import read_adapter
 from mace_peft.files import complete
-from mace_peft.train.checkpoints import CompleteCheckpointIO
+from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 
 EPOCHS, STAGE_TWO, KILLS = 30, 15, 20
 OPTIONS = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": EPOCHS,
@@ -149,7 +149,7 @@ def test_foundation_and_adapter_are_the_model_and_the_checkpoint(chain, stage_tw
 
 
 def save_checkpoint(folder: Path, epoch: int) -> None:
-    CompleteCheckpointIO(folder, tag=NAME).save({"epoch": epoch, "data": torch.zeros(1000)}, epoch)
+    CompleteCheckpointIO(folder, tag=NAME).write(f"{NAME}.pt", {"epoch": epoch, "data": torch.zeros(1000)})
 
 
 def save_model(folder: Path, epoch: int) -> None:
