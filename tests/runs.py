@@ -34,7 +34,7 @@ STAGES = {False: "", True: "_stagetwo"}
 torch.set_num_threads(1)  # models this small only lose by more
 
 
-default_foundation = functools.cache(tiny_mace)
+default_foundation = tiny_mace
 
 
 def write_inputs(folder: Path, molecule: str = MOLECULE, foundation: torch.nn.Module | None = None) -> Path:

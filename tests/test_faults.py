@@ -48,7 +48,7 @@ def can_mount() -> bool:
 
 
 class SmallDisk:
-    """A file system of 8 MB: full, or read-only from some moment on. Root has to mount it."""
+    """A file system of 8 MB: full, or behind a read-only one from some moment on. Root has to mount it."""
 
     full = "No space left on device"
     unwritable = "Read-only file system"
@@ -67,11 +67,10 @@ class SmallDisk:
         (self.folder / "other data").unlink()
 
     def protect(self) -> None:
-        while remount(self.folder, "ro"):  # busy for as long as a file is open
-            time.sleep(0.001)
+        assert mount(self.folder) and remount(self.folder, "ro") == 0  # it itself is busy: the run has a file open
 
     def allow(self) -> None:
-        remount(self.folder, "rw")
+        unmount(self.folder)
 
     def close(self) -> None:
         unmount(self.folder)
@@ -172,6 +171,8 @@ def test_a_full_disk_keeps_the_adapter_that_was_there(tmp_path, disk):
 
     # it has no epoch left to train, so that the adapter is what it saves first
     process = Forked(folder, arguments(folder, "--restart_latest", **options, max_num_epochs=1))
+    while not (disk.folder / f".{NAME}.lock").exists():  # with which a run begins
+        time.sleep(0.001)
     disk.fill(process)
     said = in_one_line(finish(folder, process))
     assert f"{adapter} cannot be written ({disk.full})" in said and "--restart_latest" in said

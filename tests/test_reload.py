@@ -103,7 +103,7 @@ def test_a_foundation_from_before_heads(tmp_path):
     torch.save(foundation, inputs / "foundation.model")
     train_here(inputs, work_dir=tmp_path / "run", E0s=E0S[FEWER_ELEMENTS], **options("mmea", "products"))
     assert_reloads(inputs, tmp_path / "run")
-    assert "heads        Default" in info(str(inputs / "foundation.model"))
+    assert "heads        Default" in info(str(inputs / "foundation.model"), trust=True)
 
 
 def test_stage_two_and_the_moving_average(inputs, tmp_path):

@@ -158,7 +158,7 @@ def test_a_run_succeeds_and_leaves_its_files(finished, name):
     for stage in CASES[name].stages:
         files = {path.name for path in run.adapter(stage).iterdir()}
         assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert run.log.rstrip().endswith("Done")
+    assert "INFO: Done\n" in run.log and "Result in" in run.log.splitlines()[-1]
     assert "ERROR" not in run.log
 
 

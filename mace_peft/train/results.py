@@ -91,10 +91,10 @@ class Results:
         plotter.plot = plot
         return plotter
 
-    def run(self, run: Callable) -> None:
+    def run(self, run: Callable) -> object:
         """MACE's ``run``. Raises PeftError for what fails after the training, and says what the results are."""
         try:
-            run(self.args)
+            return run(self.args)
         except PeftError:
             raise
         except Exception as error:  # what MACE does with data, files and figures fails in many ways
