@@ -116,9 +116,8 @@ def listed_elements(config) -> list[int] | None:
     return elements
 
 
-
 def weights_by_type(config) -> dict[str, float]:
-    """What ``--config_type_weights`` says, as MACE goes on without it where it cannot read it.
+    """What ``--config_type_weights`` says. MACE itself goes on without it where it cannot read it.
 
     Raises PeftError if it is no dictionary of weights.
     """
@@ -126,9 +125,10 @@ def weights_by_type(config) -> dict[str, float]:
     try:
         weights = ast.literal_eval(held) if isinstance(held, str) else held
         numbers = {str(name): float(weight) for name, weight in weights.items()}
-        if all(0 <= number < float("inf") for number in numbers.values()):
-            return numbers
+        allowed = all(0 <= number < float("inf") for number in numbers.values())
     except (ValueError, SyntaxError, TypeError, AttributeError):
-        pass  # said below, as a weight below 0
+        allowed = False
+    if allowed:
+        return numbers
     raise PeftError(f"--config_type_weights {held} is no dictionary of weights from 0 up: give one such as "
                     "'{\"Default\": 1.0, \"surface\": 2.0}'")

@@ -75,7 +75,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def open_locked(path: Path) -> TextIO:
-    """Open the file, with the lock on it. It tells others whose it is."""
+    """The file, opened and locked. What is written in it tells others which process has the lock."""
     while True:
         file = open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         try:
