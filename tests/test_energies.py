@@ -163,7 +163,7 @@ def test_averages_take_the_energies_that_are_there(folder, capsys, E0s):
     for atoms in structures[:9]:
         del atoms.info["REF_energy"]
     assert reached(folder, E0s=E0s, **written(folder, structures)) is None
-    assert f"--E0s {E0s} has no energies" in capsys.readouterr().err
+    assert f"--E0s {E0s} takes E0s from energies, and no structure of" in capsys.readouterr().err
 
 
 def written(folder, structures: list[Atoms]) -> dict:

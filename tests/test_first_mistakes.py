@@ -61,6 +61,8 @@ MISTAKES = {
     "valid_fraction": ({"valid_file": None, "valid_fraction": 1.5}, "--valid_fraction 1.5 leaves nothing"),
     "keys": ({"train_file": "other_keys.xyz"}, "no structure of .* its keys are DFT_energy, DFT_forces"),
     "one key": ({"energy_key": "REF_enrgy"}, "--energy_key REF_enrgy: no structure .* REF_energy"),
+    "key of the E0s": ({"energy_key": "REF_enrgy", "E0s": "average"},
+                       "--E0s average .* under the key REF_enrgy: its keys are REF_energy, REF_forces"),
     "validation keys": ({"valid_file": "other_keys.xyz"}, "its keys are DFT_energy, DFT_forces"),
     "element of the validation set": ({"valid_file": "new_element.xyz"}, "the run has N, which the foundation does"),
     "element of the test set": ({"test_file": "new_element.xyz"}, "the test set of the head Default has N"),

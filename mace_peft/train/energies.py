@@ -17,7 +17,7 @@ from torch import nn
 
 from mace_peft.backbones.foundation import symbols
 from mace_peft.errors import PeftError, did_you_mean, one_line
-from mace_peft.train.labels import ISOLATED, has
+from mace_peft.train.labels import ISOLATED, has, keys_of, read
 
 WORDS = {"average", "estimated", "foundation", ISOLATED.lower()}
 REMEDY = "give a dictionary of atomic numbers and eV such as '{1: -13.6, 8: -2042.1}', a JSON file of one, or one of " \
@@ -78,13 +78,21 @@ def complete(energies: dict[int, float], elements: Iterable[int], what: str) -> 
     return energies
 
 
-def with_energy(configurations: list[data.Configuration], way: str) -> list[data.Configuration]:
-    """The structures that have an energy to take E0s from. Raises PeftError if there are none."""
-    known = [configuration for configuration in configurations if has(configuration, "energy")]
-    if not known:
-        raise PeftError(f"--E0s {way} has no energies in the training set to take E0s from: give --energy_key, or the "
-                        "E0s")
-    return known
+def with_energy(configurations: list[data.Configuration]) -> list[data.Configuration]:
+    """The structures that have an energy to take E0s from."""
+    return [configuration for configuration in configurations if has(configuration, "energy")]
+
+
+def check_energies_known(configurations: list[data.Configuration], config, files: list[str]) -> None:
+    """Raise PeftError if E0s are to be taken from the energies of structures that have none.
+
+    config: MACE's configuration of their head. files: what they were read from.
+    """
+    if config.E0s in ("average", "estimated") and not with_energy(configurations):
+        key = config.key_specification.info_keys["energy"]
+        raise PeftError(f"--E0s {config.E0s} takes E0s from energies, and no structure of {files[0]} has one under the "
+                        f"key {key}: its keys are {', '.join(keys_of(read(files[0])))}: give one of them by "
+                        "--energy_key, or other --E0s")
 
 
 def narrow(energies: dict[str, dict[int, float]], elements: Iterable[int]) -> None:

@@ -105,7 +105,7 @@ class FineTune:
             foundation_model, foundation_e0s = copy.deepcopy(adapted), first_E0s(adapted)
         return self.original.estimate_e0s(foundation_model=foundation_model.to(torch.get_default_dtype()),
                                           foundation_e0s=foundation_e0s,
-                                          collections_train=with_energy(collections_train, "estimated"), **kwargs)
+                                          collections_train=with_energy(collections_train), **kwargs)
 
     # The run's dtype first, here and below: both divide weights, and a reload has to give the same numbers.
     def remove_pt_head(self, foundation: nn.Module, head: str | None) -> nn.Module:

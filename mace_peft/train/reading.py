@@ -12,7 +12,7 @@ from mace_peft.backbones.foundation import symbols
 from mace_peft.errors import PeftError
 from mace_peft.train.data_files import check_files, listed_elements, read_statistics, weights_by_type
 from mace_peft.train.datasets import HDF5Dataset, check_elements_listed, parts_of
-from mace_peft.train.energies import asked_E0s, complete, narrow, with_energy
+from mace_peft.train.energies import asked_E0s, check_energies_known, complete, narrow, with_energy
 from mace_peft.train.heads import PT_HEAD
 from mace_peft.train.label_use import check_labels
 from mace_peft.train.labels import ISOLATED, count
@@ -77,6 +77,7 @@ class Reading:
                             "--valid_fraction, or a --valid_file")
         elements = elements_of(collections.train, collections.valid)
         self.check_known(sorted(elements))
+        check_energies_known(collections.train, config, kwargs["train_path"])
         if config.head_name == PT_HEAD:
             for configuration in (*collections.train, *collections.valid):
                 configuration.weight *= self.args.weight_pt_head
@@ -92,7 +93,7 @@ class Reading:
     def get_atomic_energies(self, E0s: str, train_collection: list | None, z_table) -> dict[int, float]:
         (config,) = [head for head in self.heads if head.z_table is z_table]
         if E0s == "average":
-            return data.compute_average_E0s(with_energy(train_collection, E0s), z_table)
+            return data.compute_average_E0s(with_energy(train_collection), z_table)
         return complete(dict(self.E0s[config.head_name]), z_table.zs, f"the --E0s of the head {config.head_name}")
 
     def dict_to_array(self, energies: dict, heads: list[str]):
