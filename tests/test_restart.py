@@ -206,6 +206,14 @@ def test_a_checkpoint_of_another_foundation_stops(folder, refusal, foundation):
     assert "restart with the options it was made with, or give this run another --name" in message
 
 
+def test_a_checkpoint_of_a_foundation_with_the_same_tensors_and_another_setting_stops(folder, refusal):
+    foundation = tiny_mace()
+    foundation.interactions[1].avg_num_neighbors *= 2
+    write_inputs(folder, foundation=foundation)
+    message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS)
+    assert "another foundation, whose settings such as r_max or avg_num_neighbors differ" in message
+
+
 @pytest.mark.parametrize("E0s", ["average", E0S[MOLECULE].replace("-0.7", "-0.700001")])
 def test_a_checkpoint_of_other_E0s_stops(folder, refusal, E0s):
     message = refusal(folder, "--restart_latest", **PEFT, **OPTIONS, E0s=E0s)

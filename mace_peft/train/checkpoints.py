@@ -29,13 +29,15 @@ REMEDY = "restart with the options it was made with, or give this run another --
 class AdapterCheckpointHandler(CheckpointHandler):
     """Saves the settings with each checkpoint, and loads only checkpoints of the same settings and the same base.
 
-    ``progress`` is None until the training begins; ``stage_two`` tells which stage's result was loaded last.
+    foundation: its fingerprint. ``progress`` is None until the training begins; ``stage_two`` tells which stage's
+    result was loaded last.
     """
 
-    def __init__(self, *args, config: PeftConfig, options: argparse.Namespace, **kwargs) -> None:
+    def __init__(self, *args, config: PeftConfig, foundation: str, options: argparse.Namespace, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.io = CompleteCheckpointIO(*args, **kwargs)
         self.config = config
+        self.foundation = foundation
         self.keep = self.io.keep or options.save_all_checkpoints
         self.progress: Progress | None = None
         self.stage_two = False
@@ -53,7 +55,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
         held = copies(trainable_parameters(state.model))
         whole = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config, self.base)
         self.base = whole["base"]
-        whole |= {"model": held, "resume": {
+        whole |= {"model": held, "foundation": self.foundation, "resume": {
             "weights": held, "kinds": kinds(state), "ema": None if ema is None else ema.state_dict(),
             "order": loader.generator.get_state(),
             "progress": self.progress.to_dict()}}
@@ -162,6 +164,10 @@ class AdapterCheckpointHandler(CheckpointHandler):
             if name not in trainable and not same(checkpoint["base"].get(name, {"shape": None}), measures(held)):
                 raise PeftError(f"the checkpoint {path} was made from another foundation or other E0s, {name} differs: "
                                 f"{REMEDY}")
+        if checkpoint["foundation"] != self.foundation:  # of the same tensors
+            raise PeftError(f"the checkpoint {path} was made from another foundation, whose settings such as r_max or "
+                            f"avg_num_neighbors differ (fingerprints {checkpoint['foundation'][:12]} and "
+                            f"{self.foundation[:12]}): {REMEDY}")
 
 
 def kinds(state: CheckpointState) -> list[str]:

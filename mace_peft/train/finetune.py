@@ -208,7 +208,8 @@ class FineTune:
         return distributed
 
     def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
-        self.checkpoints = AdapterCheckpointHandler(*args, config=self.start.config, options=self.args, **kwargs)
+        self.checkpoints = AdapterCheckpointHandler(
+            *args, config=self.start.config, foundation=self.start.foundation["fingerprint"], options=self.args, **kwargs)
         self.losses.checkpoints = self.checkpoints.io.of_this_run
         return self.checkpoints
 
