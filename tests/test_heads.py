@@ -10,7 +10,7 @@ from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.heads import choose_foundation_head, with_one_head
+from mace_peft.train.foundation_head import choose_foundation_head, with_one_head
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -25,7 +25,8 @@ from runs import train_here, write_inputs
 from tiny import ELEMENTS, batch, configurations, tiny_mace
 
 from mace_peft import PeftError
-from mace_peft.train import datasets, labels, losses, metrics
+from mace_peft.data import datasets, labels
+from mace_peft.train import losses, metrics
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -19,7 +19,7 @@ LAYERS = [
     ("blocks",),
     ("backbones",),
     ("model",),
-    ("adapter", "fast"),
+    ("adapter", "data", "fast"),
     ("inspect", "train"),
     ("deploy",),
     ("cli", "run_train"),

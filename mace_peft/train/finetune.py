@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from mace_peft.backbones.foundation import first_E0s, take_over_rest
+from mace_peft.data import datasets, labels
+from mace_peft.data.batches import full_batches
+from mace_peft.data.e0s import put_E0s_right, with_energy
+from mace_peft.data.reading import Reading
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
@@ -18,15 +22,12 @@ from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
 from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.summary import summary
-from mace_peft.train import datasets, labels, losses, metrics
-from mace_peft.train.batches import full_batches
+from mace_peft.train import losses, metrics
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
-from mace_peft.train.energies import put_E0s_right, with_energy
+from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import differentiate, reach_all
-from mace_peft.train.heads import with_one_head
 from mace_peft.train.loop import train
 from mace_peft.train.not_finite import FiniteLosses
-from mace_peft.train.reading import Reading
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
@@ -209,7 +210,8 @@ class FineTune:
 
     def CheckpointHandler(self, *args, **kwargs) -> AdapterCheckpointHandler:
         self.checkpoints = AdapterCheckpointHandler(
-            *args, config=self.start.config, foundation=self.start.foundation["fingerprint"], options=self.args, **kwargs)
+            *args, config=self.start.config, foundation=self.start.foundation["fingerprint"], options=self.args,
+            **kwargs)
         self.losses.checkpoints = self.checkpoints.io.of_this_run
         return self.checkpoints
 

@@ -14,7 +14,7 @@ from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
-from mace_peft.train.heads import choose_foundation_head, first_head
+from mace_peft.train.foundation_head import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 
 OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each

@@ -1,7 +1,6 @@
-"""The heads of a run: what ``--heads`` says of them, and which head of the foundation they start from."""
+"""The head of the foundation that a run starts from."""
 
 import argparse
-import ast
 import copy
 from collections.abc import Callable
 
@@ -9,50 +8,10 @@ import torch
 from torch import nn
 
 from mace_peft.blocks.adapted import adapted_blocks
+from mace_peft.data.heads import PT_HEAD, read_heads
 from mace_peft.errors import PeftError, did_you_mean
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.model.inject import eject, inject
-
-PT_HEAD = "pt_head"  # MACE's name for the head of replay
-# what MACE reads of a head, beside names of keys
-ENTRIES = ("train_file", "valid_file", "test_file", "test_dir", "E0s", "statistics_file", "valid_fraction",
-           "config_type_weights", "keep_isolated_atoms", "atomic_numbers", "mean", "std", "avg_num_neighbors",
-           "compute_avg_num_neighbors", "info_keys", "arrays_keys")
-EXAMPLE = "such as {'dft': {'train_file': 'dft.xyz', 'E0s': 'foundation'}}"
-
-
-def read_heads(args: argparse.Namespace) -> dict[str, dict]:
-    """The heads that ``--heads`` names, or MACE's one without it. Raises PeftError for what it would not read."""
-    if args.heads is None:
-        return {"Default": {}}
-    try:
-        heads = ast.literal_eval(args.heads) if isinstance(args.heads, str) else args.heads
-    except (ValueError, SyntaxError, TypeError):
-        heads = None
-    if not isinstance(heads, dict) or not heads or not all(isinstance(head, dict) for head in heads.values()):
-        raise PeftError(f"--heads {args.heads} is no dictionary of heads: give one {EXAMPLE}")
-    keys = [name for name in vars(args) if name.endswith("_key")]
-    for name, head in heads.items():
-        for entry in head:
-            if entry not in (*ENTRIES, *keys):
-                raise PeftError(f"--heads has {entry!r} for the head {name}, which MACE does not read"
-                                f"{did_you_mean(str(entry), (*ENTRIES, *keys))}: leave it out, or use one of "
-                                f"{', '.join((*ENTRIES, *keys))}")
-        given = [entry for entry in head if entry not in ("info_keys", "arrays_keys", *keys)]
-        if name == PT_HEAD and replays(args) and given:
-            raise PeftError(f"--heads has {given[0]!r} for {PT_HEAD}, of which MACE takes the keys alone: give its "
-                            "files by --pt_train_file and --pt_valid_file")
-    for option in ("test_file", "test_dir"):
-        if getattr(args, option) is not None and not any(head.get(option) for head in heads.values()):
-            raise PeftError(f"--{option} {getattr(args, option)} is not read with --heads: give {option!r} in the "
-                            f"heads, {EXAMPLE}")
-    return heads
-
-
-def replays(args: argparse.Namespace) -> bool:
-    """Whether MACE trains a head of replay as well."""
-    return bool(args.multiheads_finetuning) and (args.pt_train_file is not None or args.foundation_model in
-                                                 ("small", "medium", "large"))
 
 
 def choose_foundation_head(args: argparse.Namespace, foundation: nn.Module, adapted: bool) -> None:
