@@ -19,7 +19,7 @@ from runs import train_here, write_inputs
 from tiny import ELEMENTS, predict, tiny_mace
 
 from mace_peft import PeftError
-from mace_peft.data.e0s import asked_E0s
+from mace_peft.train.data.e0s import asked_E0s
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

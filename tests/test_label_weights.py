@@ -15,8 +15,8 @@ from mace.tools.torch_geometric.dataloader import DataLoader
 from test_labels import COUNT, CUTOFF, LOSSES, TABLE, predicted, whole
 
 from mace_peft import PeftError
-from mace_peft.data.labels import LABELS
-from mace_peft.data.labels_and_loss import check_labels
+from mace_peft.train.data.labels import LABELS
+from mace_peft.train.data.labels_and_loss import check_labels
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

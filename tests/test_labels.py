@@ -25,8 +25,8 @@ from runs import train_here, write_inputs
 from tiny import ELEMENTS, batch, configurations, tiny_mace
 
 from mace_peft import PeftError
-from mace_peft.data import datasets, labels
 from mace_peft.train import losses, metrics
+from mace_peft.train.data import datasets, labels
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -19,7 +19,7 @@ LAYERS = [
     ("blocks",),
     ("backbones",),
     ("model",),
-    ("adapter", "data", "fast"),
+    ("adapter", "fast"),
     ("inspect", "train"),
     ("deploy",),
     ("cli", "run_train"),

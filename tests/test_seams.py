@@ -9,8 +9,8 @@ from releases import since
 from runs import reach_training, train_here, write_inputs
 from tiny import assert_close
 
-from mace_peft.data.reading import Reading
 from mace_peft.fast.tensor_product import SplitProduct
+from mace_peft.train.data.reading import Reading
 from mace_peft.train.finetune import FineTune
 from mace_peft.train.not_finite import FiniteLosses
 from mace_peft.train.results import Results

@@ -9,10 +9,6 @@ import torch
 from torch import nn
 
 from mace_peft.backbones.foundation import first_E0s, take_over_rest
-from mace_peft.data import datasets, labels
-from mace_peft.data.batches import full_batches
-from mace_peft.data.e0s import put_E0s_right, with_energy
-from mace_peft.data.reading import Reading
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
@@ -24,6 +20,10 @@ from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
+from mace_peft.train.data import datasets, labels
+from mace_peft.train.data.batches import full_batches
+from mace_peft.train.data.e0s import put_E0s_right, with_energy
+from mace_peft.train.data.reading import Reading
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import differentiate, reach_all
 from mace_peft.train.loop import train

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mace_peft.data.heads import read_heads, replays
 from mace_peft.errors import PeftError, one_line
+from mace_peft.train.data.heads import read_heads, replays
 
 LEAST = {"batch_size": 1, "valid_batch_size": 1, "eval_interval": 1, "num_workers": 0, "lr": 0, "swa_lr": 0,
          "weight_decay": 0, "clip_grad": 0, "patience": 1, "huber_delta": 0, "weight_pt_head": 0, "energy_weight": 0,

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mace_peft.blocks.adapted import adapted_blocks
-from mace_peft.data.heads import PT_HEAD, read_heads
 from mace_peft.errors import PeftError, did_you_mean
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.model.inject import eject, inject
+from mace_peft.train.data.heads import PT_HEAD, read_heads
 
 
 def choose_foundation_head(args: argparse.Namespace, foundation: nn.Module, adapted: bool) -> None:

@@ -5,9 +5,9 @@ import logging
 
 from mace.tools import build_default_arg_parser
 
-from mace_peft.data.heads import PT_HEAD
-from mace_peft.data.labels import DEFAULT_KEYS, LABELS, keys_of, read
 from mace_peft.errors import PeftError
+from mace_peft.train.data.heads import PT_HEAD
+from mace_peft.train.data.labels import DEFAULT_KEYS, LABELS, keys_of, read
 
 # losses that take more than energies and forces, or less
 BOTH = ("energy", "forces")
