@@ -69,7 +69,7 @@ def check_result(run: Run, stage_two: bool, foundation_file: Path) -> None:
     stem = f"{NAME}{STAGES[stage_two]}"
     assert all((run.folder / f"{stem}{end}").exists() for end in (".model", "_compiled.model", "_adapter"))
     loaded = load_adapter(check_base(run, stage_two, foundation_file), run.adapter(stage_two))
-    tensors, checkpoint = run.adapter_tensors(stage_two), run.checkpoint(stage_two)["model"]
+    tensors, checkpoint = run.adapter_tensors(stage_two), run.result(stage_two)
     assert_same(tensors, {key: checkpoint[key] for key in tensors})
     structures = [atoms for head in loaded.heads for atoms in configurations(1, MOLECULE, seed=7)]
     for head, atoms in zip(loaded.heads, structures, strict=True):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tiny import configurations, predict, tiny_mace
 
 from mace_peft.train import finetune, loop, plugin
+from mace_peft.train.progress import Progress
 
 NAME, SEED = "run", 1
 MOLECULE = "CH3OH"  # all elements of the foundation
@@ -117,6 +118,21 @@ class Run:
         """The latest checkpoint."""
         checkpoints = self.checkpoints(stage_two)
         return torch.load(checkpoints[max(checkpoints)], weights_only=False)
+
+    def restart(self) -> dict:
+        """What the file holds from which a restart goes on."""
+        return torch.load(self.folder / f"checkpoints/{NAME}_run-{SEED}_restart.pt", weights_only=False)
+
+    def progress(self) -> Progress:
+        return Progress.from_dict(self.restart()["resume"]["progress"])
+
+    def result(self, stage_two: bool = False) -> dict[str, torch.Tensor]:
+        """What trains, as it is in the checkpoint that is the stage's result, or at the start if none is better."""
+        progress = self.progress()
+        stage = progress.result(stage_two)
+        if stage is None:
+            return progress.weights
+        return torch.load(self.folder / "checkpoints" / stage.file, weights_only=False)["model"]
 
     def printed_E0s(self) -> dict[int, float]:
         """What the log says of the E0s in eV, by atomic number."""

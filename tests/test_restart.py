@@ -73,13 +73,8 @@ def latest(run: Run) -> int:
     return max(run.checkpoints())
 
 
-def held(run: Run) -> dict:
-    """What the file holds from which a restart goes on."""
-    return torch.load(run.folder / f"checkpoints/{NAME}_run-{SEED}_restart.pt", weights_only=False)
-
-
 def epochs_done(run: Run) -> int:
-    return held(run)["resume"]["progress"]["epoch"]
+    return run.progress().epoch
 
 
 def epoch_lines(log: str) -> dict[str, str]:
@@ -102,7 +97,7 @@ def test_a_killed_run_resumes_where_it_was_and_finishes(killed, folder):
     names = {path.name for path in folder.glob(f"{NAME}*")}
     assert names == {f"{NAME}.model", f"{NAME}_compiled.model", f"{NAME}_adapter"}
 
-    checkpoint = held(run)
+    checkpoint = run.restart()
     assert epochs_done(run) == epoch + 3
     steps = {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
     assert steps == {(epoch + 3) * BATCHES}
@@ -111,7 +106,7 @@ def test_a_killed_run_resumes_where_it_was_and_finishes(killed, folder):
 
 
 def test_weights_optimizer_and_learning_rate_are_those_of_the_checkpoint(killed, folder):
-    checkpoint = held(killed)
+    checkpoint = killed.restart()
     given = reach_training(folder, "--restart_latest", **PEFT, **OPTIONS, checkpoints_dir=folder / "checkpoints",
                            max_num_epochs=200)
     assert given["start_epoch"] == epochs_done(killed)
@@ -130,7 +125,7 @@ def test_the_start_of_the_adapters_does_not_matter_to_a_restart(killed, folder):
     given = reach_training(folder, "--restart_latest", **PEFT, **OPTIONS, peft_init_std=0.5,
                            checkpoints_dir=folder / "checkpoints", max_num_epochs=200)
     W0 = "products.0.adapter.W0"
-    assert torch.equal(given["model"].get_parameter(W0), held(killed)["model"][W0])
+    assert torch.equal(given["model"].get_parameter(W0), killed.restart()["model"][W0])
 
 
 def test_without_a_checkpoint_a_restart_starts_at_epoch_0(tmp_path):
@@ -143,7 +138,7 @@ def test_stage_two_resumes_in_stage_two(tmp_path):
     run = train_here(write_inputs(tmp_path), "--swa", **options, max_num_epochs=3)
     given = reach_training(tmp_path, "--swa", "--restart_latest", **options, max_num_epochs=5)
     assert given["start_epoch"] == epochs_done(run) == 3
-    weights, checkpoint = given["model"].state_dict(), held(run)["model"]
+    weights, checkpoint = given["model"].state_dict(), run.restart()["model"]
     assert all(torch.equal(weights[key], checkpoint[key]) for key in checkpoint)
 
 
@@ -153,7 +148,7 @@ def test_an_lbfgs_run_resumes_with_its_history(tmp_path, method, targets):
     run = train_here(relabel(write_inputs(tmp_path)), "--lbfgs", **options, max_num_epochs=1)
     given = reach_training(tmp_path, "--lbfgs", "--restart_latest", **options, max_num_epochs=4)
     assert given["start_epoch"] == epochs_done(run) == 1
-    expected = held(run)["optimizer"]["state"][0]["n_iter"]
+    expected = run.restart()["optimizer"]["state"][0]["n_iter"]
     assert [state["n_iter"] for state in given["optimizer"].state.values()] == [expected]
 
 
@@ -188,7 +183,7 @@ def test_a_checkpoint_made_without_peft_stops(tmp_path, refusal, peft):
 @pytest.mark.parametrize("which", ["restart", "best"])
 def test_a_damaged_checkpoint_stops(killed, folder, refusal, which, keep):
     """That of the best epoch, too, which is needed in the end."""
-    best = held(killed)["resume"]["progress"]["stages"][0]["file"]
+    best = killed.progress().stage.file
     path = folder / "checkpoints" / (best if which == "best" else f"{NAME}_run-{SEED}_restart.pt")
     content = path.read_bytes()
     path.write_bytes(content[:int(keep * len(content)) if keep < 1 else keep])

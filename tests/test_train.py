@@ -171,7 +171,7 @@ def test_the_adapter_directory_holds_the_settings_and_what_trained(finished, nam
     origin = {"name": "foundation.model", "head": None, "fingerprint": fingerprint(foundation)}
     assert described["foundation"] == origin
     assert dict(zip(described["elements"], described["E0s"][0], strict=True)) == run.printed_E0s()
-    checkpoint, tensors = run.checkpoint(stage_two)["model"], run.adapter_tensors(stage_two)
+    checkpoint, tensors = run.result(stage_two), run.adapter_tensors(stage_two)
     assert checkpoint.keys() == tensors.keys()
     assert all(torch.equal(tensor, checkpoint[key]) for key, tensor in tensors.items())
 
@@ -189,7 +189,7 @@ def test_the_saved_model_predicts_as_the_trained_one(finished, before_training, 
     """The trained one: MACE's model before training, with adapters, and the tensors of the checkpoint."""
     run = finished(name)
     trained = inject(copy.deepcopy(before_training(name)["model"]), CASES[name].config)
-    trained.load_state_dict({**trained.state_dict(), **run.checkpoint(stage_two)["model"]})
+    trained.load_state_dict({**trained.state_dict(), **run.result(stage_two)})
     trained.atomic_energies_fn.atomic_energies.copy_(torch.tensor([list(run.printed_E0s().values())]))
     expected = predict(trained, unseen(name))
     torch.testing.assert_close(predict(run.model(stage_two), unseen(name)), expected, rtol=1e-10, atol=1e-10)
