@@ -146,6 +146,35 @@ def test_a_kill_between_the_files_of_an_epoch_costs_nothing(inputs, tmp_path):
     assert differences(files(cut), files(whole)) == []
 
 
+@pytest.mark.parametrize("changed", [{"forces_weight": 1e4}, {"forces_weight": 1e-4}, {"valid_file": "train.xyz"}],
+                         ids=["heavier", "lighter", "other_data"])
+def test_a_restart_measures_what_it_has_to_beat_by_its_own_loss_and_data(inputs, tmp_path, changed):
+    changed = {name: inputs / value if name == "valid_file" else value for name, value in changed.items()}
+    run_or_cut(inputs, tmp_path / "cut", ["--ema"], {"max_num_epochs": 2})
+    cut, _ = run_or_cut(inputs, tmp_path / "cut", ["--ema", "--restart_latest"], changed)
+    fresh, _ = run_or_cut(inputs, tmp_path / "fresh", ["--ema"], changed | {"max_num_epochs": 1})
+    assert cut.log.count("losses of before are measured again") == 1
+    assert cut.progress().stage.start == pytest.approx(fresh.progress().stage.start, rel=1e-10)
+    losses = {epoch: loss for epoch, _, loss in evaluations(cut)}
+    assert cut.progress().stage.best in [losses[2], losses[3]] or cut.progress().stage.epoch < 2
+
+
+def test_a_restart_with_more_patience_goes_on(inputs, tmp_path):
+    still = {"lr": 1e-30, "patience": 1}
+    run_or_cut(inputs, tmp_path, [], still)
+    run, more = run_or_cut(inputs, tmp_path, ["--restart_latest"], still | {"patience": 3})
+    assert more == 2 and [epoch for epoch, *_ in evaluations(run)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.5), ("weight_decay", 0.1), ("ema_decay", 0.5), ("lr_factor", 0.1)])
+def test_a_restart_with_an_option_that_would_not_act_stops(inputs, tmp_path, capsys, name, value):
+    run_or_cut(inputs, tmp_path, ["--ema"], {"lr": 0.02}, cut=1)
+    with pytest.raises(SystemExit):
+        run_or_cut(inputs, tmp_path, ["--ema", "--restart_latest"], {"lr": 0.02} | {name: value})
+    said = capsys.readouterr().err
+    assert f"was made with --{name} " in said and f"this run asks for {value}" in said
+
+
 @pytest.mark.parametrize("flags, options, cause", [
     ([], {}, "was made with --ema"), (["--ema", "--lbfgs"], {}, "was made with Adam and"),
     (["--ema"], {"optimizer": "schedulefree"}, "was made with Adam and"),

@@ -82,8 +82,7 @@ def test_stages_without_epochs_and_batches_without_enough_have_results(inputs, t
 
 
 @pytest.mark.parametrize("flags, options, cause", [
-    (["--swa"], {"start_swa": 4, "eval_interval": 3, "max_num_epochs": 6}, "--eval_interval 3 evaluates no epoch"),
-    ([], {"eval_interval": 0}, "--eval_interval 0 is not above 0"),
+    ([], {"eval_interval": 0}, "--eval_interval 0 is not a number from 1 up"),
     (["--swa"], {"loss": "forces_only"}, "--loss forces_only has no stage two"),
 ])
 def test_stages_that_could_have_no_result_are_refused(inputs, tmp_path, capsys, flags, options, cause):
@@ -92,6 +91,29 @@ def test_stages_that_could_have_no_result_are_refused(inputs, tmp_path, capsys, 
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and cause in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, options, evaluated", [
+    ([], {"eval_interval": 100}, [0, 3]), ([], {"eval_interval": 2}, [0, 2, 3]),
+    (["--swa"], {"eval_interval": 100, "start_swa": 2}, [0, 1, 3]),
+])
+def test_the_last_epoch_of_a_stage_is_evaluated(inputs, tmp_path, flags, options, evaluated):
+    assert epochs(fine_tune(inputs, tmp_path, *flags, max_num_epochs=4, **options).log) == evaluated
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 100])
+def test_the_table_of_errors_is_of_the_whole_training_set(inputs, tmp_path, batch_size):
+    run = fine_tune(inputs, tmp_path, max_num_epochs=0, batch_size=batch_size, valid_file=inputs / "train.xyz",
+                    error_table="TotalMAE")
+    (train,), (valid,) = (re.findall(rf"\| +{part}_Default \|(.*)", run.log) for part in ("train", "valid"))
+    assert train == valid
+
+
+def test_the_errors_of_an_earlier_run_of_the_name_are_set_aside(inputs, tmp_path):
+    for _ in range(2):
+        run = fine_tune(inputs, tmp_path, max_num_epochs=1)
+    assert [line["epoch"] for line in run.metrics if line["mode"] == "eval"] == [None, 0]
+    assert len(list(tmp_path.glob("results/*.earlier"))) == 1
 
 
 # --- which weights are the result -------------------------------------------------------------------------------------

@@ -169,3 +169,10 @@ def test_averages_take_the_energies_that_are_there(folder, capsys, E0s):
 def written(folder, structures: list[Atoms]) -> dict:
     ase.io.write(folder / "E0_train.xyz", structures)
     return {"train_file": folder / "E0_train.xyz", "valid_file": folder / "E0_train.xyz"}
+
+
+def test_an_element_that_is_listed_twice_is_one(folder):
+    structures = written(folder, labelled({1, 6, 8}))
+    held = [reached(folder, E0s="average", atomic_numbers=elements, **structures)
+            for elements in ("[1, 6, 8]", "[1, 1, 6, 8]")]
+    assert held[0] == held[1]

@@ -30,12 +30,25 @@ def inputs(tmp_path_factory):
     ase.io.write(folder / "alone.xyz", [Atoms("H", info={"config_type": "IsolatedAtom", "REF_energy": -0.5})])
     ase.io.write(folder / "one.xyz", structures[:1])
     ase.io.write(folder / "new_element.xyz", configurations(3, "NH3"))
+    ase.io.write(folder / "alone_twice.xyz", structures + [
+        Atoms("H", info={"config_type": "IsolatedAtom", "REF_energy": energy}) for energy in (-0.5, -0.9)])
+    for name, change in SPOILT.items():
+        spoilt = [atoms.copy() for atoms in structures]
+        change(spoilt[-1])
+        ase.io.write(folder / f"{name}.xyz", spoilt)
     for atoms in structures:
         atoms.info["DFT_energy"], atoms.arrays["DFT_forces"] = atoms.info.pop("REF_energy"), atoms.arrays.pop(
             "REF_forces")
     ase.io.write(folder / "other_keys.xyz", structures)
     (folder / "statistics.json").write_text('{"mean": 0.0}')
     return folder
+
+
+SPOILT = {  # one structure of a file
+    "charge": lambda atoms: atoms.info.update(total_charge="neutral"),
+    "vector_weight": lambda atoms: atoms.info.update(config_forces_weight=[1.0, 2.0]),
+    "no_cell": lambda atoms: atoms.set_pbc(True),
+}
 
 
 def head(**entries) -> str:
@@ -100,13 +113,44 @@ MISTAKES = {
     "E0s of heads": (OF_HEADS | {"heads": head(E0s={1: -13.0})}, "the --E0s of the head mine have H, .* C O as well"),
     "head of the foundation": ({"foundation_head": "other"}, "--foundation_head other is not in the foundation model"),
     "batch size": ({"batch_size": 0}, "--batch_size 0 is not a number from 1 up"),
-    "learning rate": ({"lr": -0.1}, "--lr -0.1 is not a number from 0 up"),
+    "learning rate": ({"lr": -0.1}, "--lr -0.1 is not a number above 0"),
     "weight": ({"forces_weight": "nan"}, "--forces_weight nan is not a number from 0 up"),
     "weight of replay": ({"weight_pt_head": 0.5}, "--weight_pt_head 0.5 has no effect without --pt_train_file"),
+    "no learning": ({"lr": 0}, "--lr 0.0 is not a number above 0"),
+    "no gradient": ({"clip_grad": 0}, "--clip_grad 0.0 is not a number above 0"),
+    "no epoch": ({"max_num_epochs": -3}, "--max_num_epochs -3 is not a number from 0 up"),
+    "average of weights": ({"ema_decay": 1.5}, "--ema_decay 1.5 is not a number from 0 up to 1"),
+    "rising rate": ({"lr_factor": 1.5}, "--lr_factor 1.5 is not a number above 0 to 1"),
+    "no forces": ({"compute_forces": False}, "--compute_forces False leaves --loss weighted no forces"),
+    "no weight": ({"energy_weight": 0, "forces_weight": 0}, "no label of a weight above 0 .* --energy_weight 0 and"),
+    "no weight in stage two": ({"flags": ["--swa"], "swa_energy_weight": 0, "swa_forces_weight": 0},
+                               "no label of a weight above 0 .* --swa_energy_weight 0 and --swa_forces_weight 0"),
+    "no weight of a type": ({"config_type_weights": "{'Default': 0.0}"},
+                            "no label of a weight above 0 .*--config_type_weights"),
+    "weight of no type": ({"config_type_weights": "{'surface': 5.0}"},
+                          "surface, a config_type that no structure .* has Default"),
+    "two isolated atoms": ({"train_file": "alone_twice.xyz", "E0s": None}, "of H with the energies -0.5 and -0.9 eV"),
+    "charge": ({"test_file": "charge.xyz"}, "total_charge of structure 3 of .*charge.xyz is 'neutral'"),
+    "weight of forces": ({"test_file": "vector_weight.xyz"}, "the weight forces of structure 3 of .* give a number"),
+    "cell": ({"train_file": "no_cell.xyz"}, "structure 3 of .*no_cell.xyz is periodic, and has no cell"),
+    "key of a charge": ({"total_charge_key": "charge"}, "--total_charge_key charge: no structure of .* has it"),
+    "training file beside heads": (OF_HEADS | {"heads": head(), "train_file": "train.xyz"}, "is not read with --heads"),
+    "one test set of two heads": (OF_HEADS | {"heads": str({name: {
+        "train_file": "train.xyz", "valid_file": "valid.xyz", "test_file": "test.xyz", "E0s": "foundation"}
+        for name in "ab"})}, "the test_file test.xyz for each head"),
+    "key of one head": (OF_HEADS | {"heads": str({name: {
+        "train_file": "train.xyz", "valid_file": "valid.xyz", "E0s": "foundation", "energy_key": key}
+        for name, key in (("a", "REF_energy"), ("b", "REF_enrgy"))})},
+        "--energy_key REF_enrgy: no structure of the training set of the head b"),
+    "replay of another set": ({"pt_train_file": "train.xyz", "multiheads_finetuning": True,
+                               "foundation_model": "small"}, "is not read with --foundation_model small"),
+    "replay of HDF5": ({"pt_train_file": "text.h5", "multiheads_finetuning": True}, "text.h5 is not an XYZ file"),
     "replay": ({"pt_train_file": "train.xyz"}, "--pt_train_file .* has no effect without --multiheads_finetuning"),
     "average with replay": ({"pt_train_file": "train.xyz", "multiheads_finetuning": True, "E0s": "average"},
                             "--E0s average cannot go with --multiheads_finetuning"),
-    "stage two of forces": ({"loss": "forces_only", "start_swa": 1}, "stage two cannot go with --loss forces_only"),
+    "stage two of forces": ({"loss": "forces_only", "start_swa": 1}, "--loss forces_only has no stage two"),
+    "learning rate of no part": ({"lr_params_factors": '{"readout_lr_factor": 0}'} if since("0.3.15") else {"lr": -1},
+                                 "--(lr_params_factors has 'readout_lr_factor', .* did you mean readouts_lr|lr)"),
     "learning rates of parts": ({"lr_params_factors": "{products: 2}"} if since("0.3.15") else {"lr": -1},
                                 "--(lr_params_factors .* is no dictionary|lr)"),
 }
@@ -118,8 +162,9 @@ def test_a_mistake_is_one_line(inputs, tmp_path, capsys, monkeypatch, options, w
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(run_train.tools, "train", lambda **given: pytest.fail("it trains"))
     capsys.readouterr()
+    given = {name: value for name, value in options.items() if name != "flags"}
     with pytest.raises(SystemExit) as stopped:
-        train_here(inputs, **PEFT | {"work_dir": tmp_path} | options)
+        train_here(inputs, *options.get("flags", []), **PEFT | {"work_dir": tmp_path} | given)
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert said.startswith("mace_run_train: error: ") and said.count("\n") == 1

@@ -18,7 +18,8 @@ GATES = ("gates", "mmea")
 
 
 def options(**changed) -> argparse.Namespace:
-    return argparse.Namespace(**{"heads": None, "foundation_head": None, "test_file": None, "test_dir": None,
+    return argparse.Namespace(**{"heads": None, "foundation_head": None, "train_file": None, "valid_file": None,
+                                 "test_file": None, "test_dir": None,
                                  "energy_key": "REF_energy", "multiheads_finetuning": False, "pt_train_file": None,
                                  "foundation_model": "a.model"} | changed)
 

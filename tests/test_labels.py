@@ -225,5 +225,5 @@ def test_the_log_of_a_run_tells_of_the_labels_that_are_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_here(folder, peft="elora", peft_rank=1, **options | {"forces_key": "force"})
     said = capsys.readouterr().err
-    assert "--forces_key force: no structure of the training set has a label under it" in said and "forces" in said
+    assert "--forces_key force: no structure of the training set of the head Default has" in said and "forces" in said
     assert isinstance(ase.io.read(folder / "train.xyz").calc, SinglePointCalculator)  # as ASE reads these keys

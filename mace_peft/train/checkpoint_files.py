@@ -19,16 +19,17 @@ class CompleteCheckpointIO(CheckpointIO):
         """The name of the file from which a restart goes on."""
         return f"{self.tag}_restart.pt"
 
-    def set_earlier_aside(self) -> None:
-        """Rename the checkpoints that an earlier run of this name left: a restart would go on from them."""
+    def set_earlier_aside(self, results: str) -> None:
+        """Rename what an earlier run of this name left, its checkpoints and, in the folder of results, its errors by
+        epoch: a restart would go on from the first, and MACE would append to the second."""
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
         for path in self.of_this_run():
             os.replace(path, f"{path}.earlier")
             logging.info(f"Renamed the checkpoint of an earlier run of this name to {path}.earlier")
-        restart = os.path.join(self.directory, self.restart)
-        if os.path.exists(restart):
-            os.replace(restart, f"{restart}.earlier")
+        for path in (os.path.join(self.directory, self.restart), os.path.join(results, f"{self.tag}_train.txt")):
+            if os.path.exists(path):
+                os.replace(path, f"{path}.earlier")
 
     def of_this_run(self) -> list[str]:
         """The paths of its checkpoints, the latest last."""

@@ -23,6 +23,9 @@ from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 from mace_peft.train.progress import Progress, Stage
 
 CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins MACE's contractions into one
+# options whose effect comes back with the state of optimizer, scheduler and moving average
+RESUMED = ("lr", "lr_params_factors", "weight_decay", "amsgrad", "beta", "beta1_schedulefree", "beta2_schedulefree",
+           "lr_factor", "scheduler_patience", "lr_scheduler_gamma", "ema_decay")
 REMEDY = "restart with the options it was made with, or give this run another --name"
 
 
@@ -38,12 +41,13 @@ class AdapterCheckpointHandler(CheckpointHandler):
         self.io = CompleteCheckpointIO(*args, **kwargs)
         self.config = config
         self.foundation = foundation
+        self.options = {name: getattr(options, name, None) for name in RESUMED}  # releases differ in them
         self.keep = self.io.keep or options.save_all_checkpoints
         self.progress: Progress | None = None
         self.stage_two = False
         self.base: dict[str, dict] = {}  # measures, which take a while
         if not options.restart_latest and not options.dry_run:
-            self.io.set_earlier_aside()
+            self.io.set_earlier_aside(options.results_dir)
 
     def file(self, epoch: int, stage_two: bool) -> str:
         """The name of the epoch's checkpoint, as MACE's."""
@@ -56,8 +60,8 @@ class AdapterCheckpointHandler(CheckpointHandler):
         whole = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config, self.base)
         self.base = whole["base"]
         whole |= {"model": held, "foundation": self.foundation, "resume": {
-            "weights": held, "kinds": kinds(state), "ema": None if ema is None else ema.state_dict(),
-            "order": loader.generator.get_state(),
+            "weights": held, "kinds": kinds(state), "options": self.options,
+            "ema": None if ema is None else ema.state_dict(), "order": loader.generator.get_state(),
             "progress": self.progress.to_dict()}}
         if averaged is not None:
             with averaged:
@@ -81,6 +85,10 @@ class AdapterCheckpointHandler(CheckpointHandler):
         if resume["kinds"] != kinds(state):
             raise PeftError(f"the checkpoint {path} was made with {' and '.join(resume['kinds'])}, and this run has "
                             f"{' and '.join(kinds(state))}: {REMEDY}")
+        changed = [name for name, value in self.options.items() if resume["options"][name] != value]
+        if changed:
+            raise PeftError(f"the checkpoint {path} was made with --{changed[0]} {resume['options'][changed[0]]}, with "
+                            f"which a restart goes on, and this run asks for {self.options[changed[0]]}: {REMEDY}")
         try:
             state.model.load_state_dict({**state.model.state_dict(), **resume["weights"]})
             state.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -121,20 +129,9 @@ class AdapterCheckpointHandler(CheckpointHandler):
             return self.progress.weights
         return self.read(os.path.join(self.io.directory, stage.file), model)["model"]
 
-    @contextlib.contextmanager
-    def result_in(self, model: torch.nn.Module, stage_two: bool) -> Iterator[None]:
+    def result_in(self, model: torch.nn.Module, stage_two: bool) -> contextlib.AbstractContextManager:
         """Meanwhile the model has the weights of the result of stage one, or two."""
-        trained = trainable_parameters(model)
-        now, result = copies(trained), self.weights(model, self.progress.result(stage_two))
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(result[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(now[name])
+        return holding(model, self.weights(model, self.progress.result(stage_two)))
 
     def read(self, path: str, model: torch.nn.Module) -> dict:
         """What the file holds. Raises PeftError if it cannot be read, or does not fit the model."""
@@ -173,6 +170,24 @@ class AdapterCheckpointHandler(CheckpointHandler):
 def kinds(state: CheckpointState) -> list[str]:
     """Of the optimizer and the scheduler, whose states do not fit others."""
     return [type(state.optimizer).__name__, state.lr_scheduler.scheduler]
+
+
+@contextlib.contextmanager
+def holding(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Meanwhile what trains in the model has these weights."""
+    trained = trainable_parameters(model)
+    now = copies(trained)
+    fill(trained, weights)
+    try:
+        yield
+    finally:
+        fill(trained, now)
+
+
+@torch.no_grad()
+def fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
 def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,12 +21,13 @@ from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.train.data import datasets, labels
-from mace_peft.train.data.batches import full_batches
+from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
 from mace_peft.train.data.reading import Reading
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import differentiate, reach_all
 from mace_peft.train.loop import train
+from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
@@ -47,6 +48,7 @@ class FineTune:
     def __init__(self, run_train: types.ModuleType, args, start: Start, fast: bool):
         self.original = originals(run_train)
         self.args = args
+        self.asked = copy.copy(args)  # MACE changes some options on its way
         self.start = start
         self.fast = fast
         self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
@@ -69,8 +71,8 @@ class FineTune:
         return types.SimpleNamespace(compile=self.results.compile)
 
     def begun(self) -> bool:
-        """Whether the training has, for all that can be known: MACE makes its checkpoints' handler right before."""
-        return self.checkpoints is not None
+        """Whether the training has: the start has been evaluated."""
+        return self.checkpoints is not None and self.checkpoints.progress is not None
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -168,10 +170,11 @@ class FineTune:
         return model, output_args
 
     def DataLoader(self, dataset, **kwargs):
-        return self.original.DataLoader(dataset, **full_batches(dataset, **kwargs))
+        return self.original.DataLoader(dataset, **whole_batches(dataset, **kwargs))
 
     def get_loss_fn(self, *args, **kwargs) -> nn.Module:
         self.reading.check_before_training()
+        warn_of_no_effect(self.asked)
         self.loss = self.original.get_loss_fn(*args, **kwargs)
         return self.loss
 

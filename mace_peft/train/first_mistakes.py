@@ -11,14 +11,18 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+from mace.tools.scripts_utils import check_path_ase_read
 
-from mace_peft.errors import PeftError, one_line
-from mace_peft.train.data.heads import read_heads, replays
+from mace_peft.errors import PeftError, did_you_mean, one_line
+from mace_peft.train.data.heads import OF_MP, read_heads, replays, replays_own_file
+from mace_peft.train.data.labels import LABELS
 
-LEAST = {"batch_size": 1, "valid_batch_size": 1, "eval_interval": 1, "num_workers": 0, "lr": 0, "swa_lr": 0,
-         "weight_decay": 0, "clip_grad": 0, "patience": 1, "huber_delta": 0, "weight_pt_head": 0, "energy_weight": 0,
-         "forces_weight": 0, "stress_weight": 0, "virials_weight": 0, "dipole_weight": 0, "swa_energy_weight": 0,
-         "swa_forces_weight": 0, "swa_stress_weight": 0, "swa_virials_weight": 0, "swa_dipole_weight": 0}
+LEAST = {"batch_size": 1, "valid_batch_size": 1, "eval_interval": 1, "patience": 1, **dict.fromkeys((
+    "num_workers", "max_num_epochs", "scheduler_patience", "weight_decay", "ema_decay", "weight_pt_head",
+    *(f"{stage}{label}_weight" for stage in ("", "swa_") for label in LABELS)), 0)}
+ABOVE_ZERO = ("lr", "swa_lr", "clip_grad", "huber_delta", "lr_factor", "lr_scheduler_gamma")
+UP_TO_ONE = ("lr_factor", "ema_decay")
+FACTORS = tuple(f"{part}_lr_factor" for part in ("embedding", "interactions", "products", "readouts"))
 OF_REPLAY = ("pt_valid_file", "pseudolabel_replay")
 SAID_BY = {"torchrun": "RANK", "mpi": "OMPI_COMM_WORLD_RANK"}  # launchers of MACE and what they tell their processes
 
@@ -30,16 +34,20 @@ def check_first_mistakes(args: argparse.Namespace) -> None:
     for name, head in heads.items():
         if args.train_file is None and head.get("train_file") is None:
             raise PeftError(f"there is no --train_file for the head {name}: give a file of structures with labels")
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise PeftError(f"--{name} {value} is not a number from {least} up: give one")
-    for name, read in (("foundation_model_kwargs", ast.literal_eval), ("lr_params_factors", json.loads)):
-        check_mapping(name, getattr(args, name, None), read)
+    check_numbers(args)
+    check_mapping("foundation_model_kwargs", getattr(args, "foundation_model_kwargs", None), ast.literal_eval)
+    for name, factor in factors(args).items():
+        if name not in FACTORS:
+            raise PeftError(f"--lr_params_factors has {name!r}, which MACE does not read{did_you_mean(name, FACTORS)}: "
+                            f"use {', '.join(FACTORS)}")
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise PeftError(f"--lr_params_factors has {factor!r} for {name}: give a number from 0 up")
+    if not args.compute_forces:
+        raise PeftError(f"--compute_forces False leaves --loss {args.loss} no forces, which it takes: leave it out")
     check_replay(args)
     if args.loss == "forces_only" and (args.swa or args.start_swa is not None):
-        raise PeftError("stage two cannot go with --loss forces_only, of which MACE has none: leave out --swa and "
-                        "--start_swa, or use --loss weighted")
+        raise PeftError("--loss forces_only has no stage two in MACE: leave out --swa and --start_swa, or use --loss "
+                        "weighted")
     for option, wanted, package in (("optimizer", "schedulefree", "schedulefree"), ("wandb", True, "wandb")):
         if getattr(args, option) == wanted and importlib.util.find_spec(package) is None:
             raise PeftError(f"--{option} {wanted} needs {package}, which is not installed: pip install {package}, or "
@@ -62,14 +70,31 @@ def check_device(device: str) -> None:
                         "from 0")
 
 
-def check_mapping(name: str, text: str | None, read: Callable[[str], object]) -> None:
-    """Raise PeftError unless the option is the text of a dictionary, as MACE reads it."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise PeftError for numbers with which nothing trains, or torch fails."""
+    for name in dict.fromkeys((*LEAST, *ABOVE_ZERO)):
+        value = getattr(args, name, None)  # releases differ in their options
+        if value is None:
+            continue
+        least, most = LEAST.get(name, 0), 1 if name in UP_TO_ONE else math.inf
+        if not (math.isfinite(value) and least <= value <= most) or name in ABOVE_ZERO and value == 0:
+            beginning = "above 0" if name in ABOVE_ZERO else f"from {least} up"
+            raise PeftError(f"--{name} {value} is not a number {beginning}{' to 1' if most == 1 else ''}: give one")
+
+
+def check_mapping(name: str, text: str | None, read: Callable[[str], object]) -> dict:
+    """The dictionary that the option is the text of, as MACE reads it. Raises PeftError if it is none."""
     try:
-        good = text is None or isinstance(read(text), dict)
+        held = {} if text is None else read(text)
     except (ValueError, SyntaxError):
-        good = False
-    if not good:
+        held = None
+    if not isinstance(held, dict):
         raise PeftError(f"--{name} {text} is no dictionary: give one such as '{{\"name\": 1.0}}'")
+    return held
+
+
+def factors(args: argparse.Namespace) -> dict:
+    return check_mapping("lr_params_factors", getattr(args, "lr_params_factors", None), json.loads)
 
 
 def check_replay(args: argparse.Namespace) -> None:
@@ -78,6 +103,13 @@ def check_replay(args: argparse.Namespace) -> None:
         if str(args.E0s).lower() == "average":
             raise PeftError("--E0s average cannot go with --multiheads_finetuning True, for MACE takes none with "
                             "replay: use estimated or foundation, or give the E0s")
+        if args.pt_train_file is not None and args.foundation_model in OF_MP:
+            raise PeftError(f"--pt_train_file {args.pt_train_file} is not read with --foundation_model "
+                            f"{args.foundation_model}, for which MACE replays mp: leave it out, or give the foundation "
+                            "as a file")
+        if replays_own_file(args) and args.statistics_file is None and not check_path_ase_read(args.pt_train_file):
+            raise PeftError(f"--pt_train_file {args.pt_train_file} is not an XYZ file, and MACE takes the elements of "
+                            "replay from those alone, or from --statistics_file: give one")
         return
     if args.pt_train_file is not None:
         raise PeftError(f"--pt_train_file {args.pt_train_file} has no effect without --multiheads_finetuning True: add "

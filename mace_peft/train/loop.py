@@ -9,16 +9,18 @@ no result.
 import contextlib
 import importlib
 import logging
+import math
 import types
 
 import torch
 from mace.tools import CheckpointState
 
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.checkpoints import AdapterCheckpointHandler
+from mace_peft.train.checkpoints import AdapterCheckpointHandler, holding
 from mace_peft.train.progress import Progress, Stage
 from mace_peft.train.stage_two import forget, warm_up
 
+SAME = 1e-4  # losses that differ less, relatively, differ by rounding
 steps = importlib.import_module("mace.tools.train")  # MACE binds that name to a function, too
 
 
@@ -38,14 +40,45 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
     logging.info("Loss metrics on validation set")
     with averaged(run):
         loss = validate(run, None, loss_function(run, progress is not None and progress.in_stage_two))
-    if progress is None:
+    resumed = progress is not None
+    if not resumed:
         start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(run.model).items()}
         progress = Progress(start, [Stage(loss)], loss=loss)
     checkpoints.progress = progress
+    if resumed:
+        measure_again(run, checkpoints, loss)
+        progress.stopped = progress.stopped and progress.waited >= run.patience
     while progress.epoch < run.max_num_epochs and not progress.stopped:
         train_epoch(run, checkpoints, progress)
     logging.info("Training complete")
     return progress
+
+
+def measure_again(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandler, loss: float) -> None:
+    """If another loss or other validation data have come since, measure what the next epochs have to beat by them.
+
+    loss: that of the weights now.
+    """
+    progress = checkpoints.progress
+    stage, before = progress.stage, progress.stages[0] if progress.in_stage_two else None
+    start = before if before is not None and before.better else None
+
+    def measure(of: Stage | None) -> float:
+        with holding(run.model, checkpoints.weights(run.model, of)):
+            return validate(run, None, loss_function(run, progress.in_stage_two), log=False)
+
+    known = stage.start if stage.file is None else stage.best
+    now = measure(start if stage.file is None else stage)
+    if math.isclose(now, known, rel_tol=SAME):
+        return
+    what = "the start" if stage.file is None else f"epoch {stage.epoch}"
+    logging.warning(f"The validation loss of {what} was {known:.8f} and is {now:.8f} in this run, with another loss or "
+                    "other data: losses of before are measured again")
+    stage.start = now if stage.file is None else measure(start)
+    stage.best = math.inf if stage.file is None else now
+    progress.loss, progress.waited = loss, 0
+    if hasattr(run.lr_scheduler.lr_scheduler, "best"):
+        run.lr_scheduler.lr_scheduler.best = math.inf
 
 
 def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandler, progress: Progress) -> None:
@@ -64,13 +97,15 @@ def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandle
     if schedule_free:
         run.optimizer.train()
     loss_fn = loss_function(run, progress.in_stage_two)
-    with warm_up(run.optimizer) if progress.in_stage_two else contextlib.nullcontext():
+    rises = progress.in_stage_two and not isinstance(run.optimizer, torch.optim.LBFGS)  # which chooses its own steps
+    with warm_up(run.optimizer) if rises else contextlib.nullcontext():
         steps.train_one_epoch(
             model=run.model, loss_fn=loss_fn, data_loader=run.train_loader, optimizer=run.optimizer, epoch=epoch,
             output_args=run.output_args, max_grad_norm=run.max_grad_norm, ema=run.ema, logger=run.logger,
             device=run.device, distributed=run.distributed, distributed_model=run.distributed_model, rank=run.rank)
     wait_for_others(run)
-    evaluated = epoch % run.eval_interval == 0
+    last = {run.max_num_epochs - 1, *([] if run.swa is None else [run.swa.start - 1])}  # of a stage
+    evaluated = epoch % run.eval_interval == 0 or epoch in last
     saved = False
     if evaluated:
         if schedule_free:

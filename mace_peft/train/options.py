@@ -109,7 +109,6 @@ def check_options(args: argparse.Namespace) -> None:
     for stage in ("", "_stagetwo"):
         check_free(adapter_directory(args, stage))
     check_foundation_stays(args)
-    check_stages(args)
 
 
 def settle_cueq(args: argparse.Namespace) -> None:
@@ -170,21 +169,6 @@ def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
 def model_path(args: argparse.Namespace, stage: str) -> Path:
     """The model of a stage of the run ("" or "_stagetwo"), as MACE names it."""
     return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}.model"
-
-
-def check_stages(args: argparse.Namespace) -> None:
-    """Raise PeftError if a stage of the training would have a result that no validation has seen."""
-    if args.eval_interval < 1:
-        raise PeftError(f"--eval_interval {args.eval_interval} is not above 0: use 1 to evaluate every epoch")
-    if not args.swa:
-        return
-    if args.loss == "forces_only":
-        raise PeftError("--loss forces_only has no stage two in MACE: leave out --swa, or use --loss weighted")
-    start = max(1, args.max_num_epochs // 4 * 3) if args.start_swa is None else args.start_swa
-    epochs = range(start, args.max_num_epochs)
-    if epochs and not any(epoch % args.eval_interval == 0 for epoch in epochs):
-        raise PeftError(f"--eval_interval {args.eval_interval} evaluates no epoch of stage two, which has "
-                        f"{epochs[0]} to {epochs[-1]}: lower it, or begin stage two earlier by --start_swa")
 
 
 def stop(error: PeftError) -> NoReturn:

@@ -1,12 +1,18 @@
-"""Batches of fewer structures where there are not enough for one: MACE would train on none."""
+"""The batches of data loaders: MACE trains on none where data fill no batch, and evaluates those that fill one."""
 
 import logging
 from collections.abc import Sized
 
 
-def full_batches(dataset: Sized, *, batch_size: int, drop_last: bool = False, **options) -> dict:
-    """The options of a data loader that leaves out what fills no batch, with batches that the data can fill."""
+def whole_batches(dataset: Sized, *, batch_size: int, drop_last: bool = False, **options) -> dict:
+    """The options of a data loader that leaves out what fills no batch where it trains, of batches that data can fill.
+
+    MACE gives loaders that train, or that processes share, a sampler or None. The others are of tables and figures, of
+    one head or a test set: they take all structures.
+    """
+    if "sampler" not in options:
+        return {**options, "batch_size": batch_size, "drop_last": False, "shuffle": False}
     if drop_last and 0 < len(dataset) < batch_size:
         logging.info(f"{len(dataset)} configurations fill no batch of {batch_size}: they come in one of {len(dataset)}")
         batch_size = len(dataset)
-    return {"batch_size": batch_size, "drop_last": drop_last, **options}
+    return {**options, "batch_size": batch_size, "drop_last": drop_last}

@@ -30,14 +30,14 @@ class AsRead:
 class Checked:
     """What both formats share: each structure is read, checked, weighed and counted.
 
-    counts: how many structures have each label. weight: multiplies those of all structures.
+    counts: how many structures have each label; weighed: with a weight. weight: multiplies those of all structures.
     """
 
     weight = 1.0
 
     def look_at_all(self, file_path: str) -> None:
         """Raise PeftError for a structure that cannot be read or used; log how many have each label."""
-        self.counts, weighed = count([]), count([])
+        self.counts, self.weighed = count([]), count([])
         for index in range(len(self)):
             try:
                 configuration = self.configuration(index)
@@ -47,11 +47,11 @@ class Checked:
                 raise unreadable(f"structure {index} of {file_path}", error) from error
             check_elements_listed(configuration.atomic_numbers.tolist(), self.z_table.zs, file_path)
             for counts, of_this in ((self.counts, count([configuration], weighed=False)),
-                                    (weighed, count([configuration]))):
+                                    (self.weighed, count([configuration]))):
                 counts.update({name: counts[name] + number for name, number in of_this.items()})
         if not len(self):
             raise PeftError(f"{file_path} has no structures: give a file that has some")
-        log_counts(f"{file_path}, {len(self)} structures", weighed)
+        log_counts(f"{file_path}, {len(self)} structures", self.weighed)
 
     def __getitem__(self, index: int) -> AtomicData:
         configuration = self.configuration(index)

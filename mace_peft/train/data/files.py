@@ -8,15 +8,15 @@ from pathlib import Path
 from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
 
 from mace_peft.errors import PeftError, one_line
+from mace_peft.train.data.heads import REPLAY_SETS
 
-REPLAY_SETS = (["mp"], ["matpes_pbe"], ["matpes_r2scan"], ["omat"])  # names that MACE downloads
 PARTS = {"train_file": "--train_file", "valid_file": "--valid_file", "test_file": "--test_file"}
 
 
 def check_files(config, args: argparse.Namespace) -> None:
     """Raise PeftError for files of the head that MACE would not read, or only after the training."""
     train, valid, test = (listed(getattr(config, part), option) for part, option in PARTS.items())
-    if train in REPLAY_SETS:
+    if train in [[name] for name in REPLAY_SETS]:
         return
     for files, option in zip((train, valid, test), PARTS.values(), strict=True):
         for file in files:
@@ -107,7 +107,7 @@ def listed_elements(config) -> list[int] | None:
         return None
     try:
         held = config.atomic_numbers
-        elements = [int(number) for number in (ast.literal_eval(held) if isinstance(held, str) else held)]
+        elements = sorted({int(number) for number in (ast.literal_eval(held) if isinstance(held, str) else held)})
     except (ValueError, SyntaxError, TypeError):
         elements = []
     if not elements or not all(0 < number < 119 for number in elements):

@@ -6,6 +6,8 @@ import ast
 from mace_peft.errors import PeftError, did_you_mean
 
 PT_HEAD = "pt_head"  # MACE's name for the head of replay
+REPLAY_SETS = ("mp", "matpes_pbe", "matpes_r2scan", "omat")  # names of sets that MACE downloads
+OF_MP = ("small", "medium", "large")  # names of foundations for which it replays mp, whatever is asked for
 # what MACE reads of a head, beside names of keys
 ENTRIES = ("train_file", "valid_file", "test_file", "test_dir", "E0s", "statistics_file", "valid_fraction",
            "config_type_weights", "keep_isolated_atoms", "atomic_numbers", "mean", "std", "avg_num_neighbors",
@@ -34,14 +36,27 @@ def read_heads(args: argparse.Namespace) -> dict[str, dict]:
         if name == PT_HEAD and replays(args) and given:
             raise PeftError(f"--heads has {given[0]!r} for {PT_HEAD}, of which MACE takes the keys alone: give its "
                             "files by --pt_train_file and --pt_valid_file")
-    for option in ("test_file", "test_dir"):
-        if getattr(args, option) is not None and not any(head.get(option) for head in heads.values()):
-            raise PeftError(f"--{option} {getattr(args, option)} is not read with --heads: give {option!r} in the "
-                            f"heads, {EXAMPLE}")
+    check_files_of(heads, args)
     return heads
+
+
+def check_files_of(heads: dict[str, dict], args: argparse.Namespace) -> None:
+    """Raise PeftError for files that MACE would not read, or not for each head that has them."""
+    own = [head for name, head in heads.items() if name != PT_HEAD]
+    for option in ("train_file", "valid_file", "test_file", "test_dir"):
+        value, tests = getattr(args, option), option.startswith("test")
+        if value is not None and (tests or all(head.get(option) for head in own)):
+            raise PeftError(f"--{option} {value} is not read with --heads{'' if tests else ', which have their own'}: "
+                            f"give {option!r} in the heads, {EXAMPLE}")
+        if tests and len(own) > 1 and own[0].get(option) and all(head.get(option) == own[0][option] for head in own):
+            raise PeftError(f"--heads has the {option} {own[0][option]} for each head, and MACE would evaluate the "
+                            "first head alone on it: give each its own, such as a copy")
 
 
 def replays(args: argparse.Namespace) -> bool:
     """Whether MACE trains a head of replay as well."""
-    return bool(args.multiheads_finetuning) and (args.pt_train_file is not None or args.foundation_model in
-                                                 ("small", "medium", "large"))
+    return bool(args.multiheads_finetuning) and (args.pt_train_file is not None or args.foundation_model in OF_MP)
+
+
+def replays_own_file(args: argparse.Namespace) -> bool:
+    return replays(args) and args.pt_train_file is not None and args.pt_train_file not in REPLAY_SETS

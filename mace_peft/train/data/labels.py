@@ -10,12 +10,15 @@ from collections.abc import Iterable, Sequence
 import ase
 import ase.io
 import numpy as np
+from ase.data import chemical_symbols
 from mace.data import Configuration, KeySpecification, config_from_atoms
 from mace.tools import DefaultKeys
 
 from mace_peft.errors import PeftError, one_line
 
 LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
+STATES = ("total_charge", "total_spin", "elec_temp")  # numbers of a structure on which predictions may depend
+VECTORS = ("dipole", "polarizability")  # labels whose components may have weights of their own
 DEFAULT_KEYS = {name.removesuffix("_key"): key for name, key in DefaultKeys.keydict().items()}
 ISOLATED = "IsolatedAtom"  # the config_type of the atoms alone that give E0s
 
@@ -29,14 +32,15 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
     Raises PeftError if the file cannot be read, is empty, or has no label under the keys.
     """
     structures = read(file_path)
+    put_in_head(structures, key_specification.info_keys["head"], head_name, file_path)
+    check_states(structures, key_specification, file_path)
     for atoms in structures:
         give_back(atoms, key_specification)
-        atoms.info[key_specification.info_keys["head"]] = head_name
+        if "config_type" in atoms.info:
+            atoms.info["config_type"] = str(atoms.info["config_type"])  # ASE reads a number where it can
     energies = {}
     if extract_atomic_energies:
-        energy_key = key_specification.info_keys["energy"]
-        energies = {int(atoms.numbers[0]): float(atoms.info[energy_key]) for atoms in structures
-                    if is_alone(atoms) and energy_key in atoms.info}
+        energies = energies_alone(structures, key_specification.info_keys["energy"], file_path)
         if not keep_isolated_atoms:
             structures = [atoms for atoms in structures if not is_alone(atoms)]
         if not structures:
@@ -51,6 +55,42 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
                         f"{keys_asked(key_specification)} are asked for: give those of the file by --energy_key and "
                         "--forces_key")
     return energies, configurations
+
+
+def put_in_head(structures: Sequence[ase.Atoms], key: str, head_name: str, file_path: str) -> None:
+    """Give the structures the head of the run that has their file, as MACE does; say so where they name another."""
+    named = {str(atoms.info[key]) for atoms in structures if key in atoms.info} - {head_name}
+    if named:
+        logging.warning(f"Structures of {file_path} name the head {', '.join(sorted(named))} (--head_key {key}), and "
+                        f"all go to the head {head_name}, which has the file: give each head its file in --heads")
+    for atoms in structures:
+        atoms.info[key] = head_name
+
+
+def check_states(structures: Sequence[ase.Atoms], key_specification: KeySpecification, file_path: str) -> None:
+    """Raise PeftError for a key of a charge, spin or temperature that no structure has; say if some structures lack it,
+    for which MACE has a value of its own."""
+    for name in STATES:
+        key = key_specification.info_keys.get(name, DEFAULT_KEYS.get(name))
+        having = sum(key in atoms.info for atoms in structures)
+        if not having and key != DEFAULT_KEYS.get(name):
+            raise PeftError(f"--{name}_key {key}: no structure of {file_path} has it; the keys are "
+                            f"{', '.join(keys_of(structures))}: give one of them, or leave it out")
+        if 0 < having < len(structures):
+            logging.warning(f"{len(structures) - having} of {len(structures)} structures of {file_path} have no {name} "
+                            f"({key}), and MACE takes its default for them")
+
+
+def energies_alone(structures: Sequence[ase.Atoms], key: str, file_path: str) -> dict[int, float]:
+    """The energies (eV) of isolated atoms, by atomic number. Raises PeftError for two of one element that differ."""
+    energies: dict[int, float] = {}
+    for atoms in structures:
+        if is_alone(atoms) and key in atoms.info:
+            element, energy = int(atoms.numbers[0]), float(atoms.info[key])
+            if energies.setdefault(element, energy) != energy:
+                raise PeftError(f"{file_path} has isolated atoms of {chemical_symbols[element]} with the energies "
+                                f"{energies[element]} and {energy} eV: leave one")
+    return energies
 
 
 def is_alone(atoms: ase.Atoms) -> bool:
@@ -85,12 +125,19 @@ def weigh(configuration: Configuration, where: str) -> None:
     """Give labels that are missing, or NaN throughout, no weight.
 
     Raises PeftError for one of another shape than it has to be, or that is NaN or infinite in part, since weights are
-    those of whole labels; and for weights that are none.
+    those of whole labels; for weights that are none; and for a structure that is none.
     """
     atoms = len(configuration.atomic_numbers)
+    if not atoms:
+        raise PeftError(f"{where} has no atoms: leave it out")
     if not (np.isfinite(configuration.positions).all() and np.isfinite(configuration.cell).all()):
         raise PeftError(f"the positions or the cell of {where} hold NaN or infinity: correct them")
+    periodic = np.asarray(configuration.cell, dtype=float)[np.asarray(configuration.pbc, dtype=bool)]
+    if np.linalg.matrix_rank(periodic) < len(periodic):
+        raise PeftError(f"{where} is periodic, and has no cell to be so: give its cell, or pbc=\"F F F\"")
     for name, value in configuration.properties.items():
+        if name in STATES and value is not None and numbers(name, value, where).size != 1:
+            raise PeftError(f"{name} of {where} is {value!r:.60}: give a number, or leave it out")
         if name not in LABELS:
             continue
         if value is not None:
@@ -108,7 +155,7 @@ def weigh(configuration: Configuration, where: str) -> None:
             configuration.property_weights[name] = 0.0
     for name, weight in {"config_weight": configuration.weight, **configuration.property_weights}.items():
         value = numbers(f"the weight {name}", 1.0 if weight is None else weight, where)
-        if not (np.isfinite(value).all() and (value >= 0).all()):
+        if not (np.isfinite(value).all() and (value >= 0).all() and (value.size == 1 or name in VECTORS)):
             raise PeftError(f"the weight {name} of {where} is {weight}: give a number from 0 up")
 
 

@@ -13,36 +13,23 @@ from mace_peft.train.data.labels import DEFAULT_KEYS, LABELS, keys_of, read
 BOTH = ("energy", "forces")
 TAKEN = {"forces_only": ("forces",), "virials": (*BOTH, "virials"), "energy_forces_dipole": (*BOTH, "dipole"),
          **dict.fromkeys(("stress", "huber", "universal"), (*BOTH, "stress"))}
+WEIGHTED_IN_STAGE_TWO = ("huber", "l1l2energyforces", "ef")  # where MACE takes another loss than that of stage one
 NAMES = {"train": "training", "valid": "validation"}
 
 
-def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, str], dict[str, int]]) -> None:
+def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, str], dict[str, int]],
+                 weighed: dict[tuple[str, str], dict[str, int]]) -> None:
     """Raise PeftError for a set without a label for the loss, or a key that no structure has; log what is left out.
 
-    heads: MACE's configurations. counts: how many structures have each label, by head and part ("train" or "valid").
+    heads: MACE's configurations. counts: how many structures have each label, by head and part ("train" or "valid");
+    weighed: how many have it with a weight.
     """
     taken = TAKEN.get(args.loss, BOTH)
     for (head, part), held in counts.items():
-        if not any(held[name] for name in taken):
-            raise PeftError(f"the {NAMES[part]} set of the head {head} has no label for --loss {args.loss}, which "
-                            f"takes {', '.join(taken)}: give their keys by --energy_key, --forces_key and so on, or "
-                            "another --loss")
-    trained = {name: sum(held[name] for (_, part), held in counts.items() if part == "train") for name in LABELS}
-    for name in LABELS:
-        asked = asked_keys(name, heads)
-        if asked and not trained[name]:
-            raise PeftError(f"--{name}_key {asked[0]}: no structure of the training set has a label under it; the keys "
-                            f"of {heads[0].train_file[0]} are {', '.join(keys_in(heads[0].train_file[0]))}: give one "
-                            "of them, or leave it out")
-        if name in taken and not trained[name]:
-            key = heads[0].key_specification
-            key = {**key.info_keys, **key.arrays_keys}.get(name, DEFAULT_KEYS.get(name))
-            logging.warning(f"No structure of the training set has {name} under the key {key} (--{name}_key), so that "
-                            f"--loss {args.loss} trains on the other labels alone")
-        if name not in taken and asked and trained[name]:
-            logging.warning(f"--loss {args.loss} leaves out the {trained[name]} labels of {name} (--{name}_key "
-                            f"{asked[0]})")
+        check_set(args, f"the {NAMES[part]} set of the head {head}", held, weighed[head, part])
     for head in heads:
+        if head.head_name != PT_HEAD:  # which has MACE's data
+            check_head(head, args.loss, counts[head.head_name, "train"], counts[head.head_name, "valid"])
         keys = [] if head.collections is not None else keys_of_head(head, LABELS)
         if keys:
             logging.warning(f"The keys {', '.join(keys)} do not act on the head {head.head_name}: HDF5 files have "
@@ -51,15 +38,62 @@ def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, 
         logging.warning(f"--{name} {getattr(args, name)} has no effect with --loss {args.loss}, which weighs "
                         f"{' and '.join(taken)}{' by 1 each' if args.loss == 'ef' else ''}: --loss weighted, stress or "
                         "virials take weights")
-    if args.swa and "stress" in taken and args.loss == "huber":
-        logging.warning("Stage two of --loss huber is that of --loss weighted in MACE, and leaves the stress out")
+    if args.swa and args.loss in WEIGHTED_IN_STAGE_TWO:
+        left_out = " and leaves the stress out" if "stress" in taken else ""
+        logging.warning(f"Stage two of --loss {args.loss} is that of --loss weighted in MACE{left_out}")
+
+
+def check_set(args: argparse.Namespace, where: str, held: dict[str, int], weighed: dict[str, int]) -> None:
+    """Raise PeftError if the set has no label for the loss, or none that has a weight in each stage."""
+    taken = TAKEN.get(args.loss, BOTH)
+    if not any(held[name] for name in taken):
+        raise PeftError(f"{where} has no label for --loss {args.loss}, which takes {', '.join(taken)}: give their keys "
+                        "by --energy_key, --forces_key and so on, or another --loss")
+    for stage in ("", "swa_") if args.swa else ("",):
+        weights = {name: getattr(args, f"{stage}{name}_weight", 1) for name in in_stage(args, stage)}
+        if args.loss == "ef" and not stage:
+            weights = dict.fromkeys(weights, 1)
+        if not any(weighed[name] and weight for name, weight in weights.items()):
+            raise PeftError(f"{where} has no label of a weight above 0 for --loss {args.loss}: its structures' weights "
+                            f"(config_weight, --config_type_weights) or {given(stage, weights)} are 0: give others")
+
+
+def given(stage: str, weights: dict[str, float]) -> str:
+    return " and ".join(f"--{stage}{name}_weight {weight:g}" for name, weight in weights.items())
+
+
+def in_stage(args: argparse.Namespace, stage: str) -> tuple[str, ...]:
+    """The labels that the loss takes in stage one ("") or two ("swa_")."""
+    return BOTH if stage and args.loss in WEIGHTED_IN_STAGE_TWO else TAKEN.get(args.loss, BOTH)
+
+
+def check_head(head, loss: str, trained: dict[str, int], validated: dict[str, int]) -> None:
+    """Raise PeftError for a key of the head that no structure of its training set has; log labels that do not act."""
+    taken, where = TAKEN.get(loss, BOTH), f"the training set of the head {head.head_name}"
+    keys = {**head.key_specification.info_keys, **head.key_specification.arrays_keys}
+    for name in LABELS:
+        asked, key = asked_keys(name, [head]), keys.get(name, DEFAULT_KEYS.get(name))
+        if asked and not trained[name]:
+            raise PeftError(f"--{name}_key {asked[0]}: no structure of {where} has a label under it; the keys of "
+                            f"{head.train_file[0]} are {', '.join(keys_in(head.train_file[0]))}: give one of them, or "
+                            "leave it out")
+        if name in taken and not trained[name]:
+            logging.warning(f"No structure of {where} has {name} under the key {key} (--{name}_key), so that --loss "
+                            f"{loss} trains on the other labels alone")
+        elif name in taken and not validated[name]:
+            logging.warning(f"No structure of the validation set of the head {head.head_name} has {name} under the key "
+                            f"{key} (--{name}_key), so that the best epoch is chosen by the other labels alone")
+        if name not in taken and trained[name]:
+            logging.warning(f"--loss {loss} leaves out the {trained[name]} labels of {name} (--{name}_key {key}) in "
+                            f"{where}")
 
 
 def ignored_weights(args: argparse.Namespace, taken: tuple[str, ...]) -> list[str]:
-    """The weights of losses that are given, and of which the chosen loss takes no notice in stage one."""
+    """The weights of losses that are given, and of which the chosen loss takes no notice."""
     default = build_default_arg_parser().get_default
-    given = [name for name in LABELS if getattr(args, f"{name}_weight", None) != default(f"{name}_weight")]
-    return [f"{name}_weight" for name in given if args.loss == "ef" or name not in taken]
+    ignored = {f"{name}_weight" for name in LABELS if args.loss == "ef" or name not in taken}
+    ignored |= {f"swa_{name}_weight" for name in LABELS if args.swa and name not in in_stage(args, "swa_")}
+    return [name for name in sorted(ignored) if getattr(args, name, None) not in (None, default(name))]
 
 
 def asked_keys(name: str, heads: list) -> list[str]:

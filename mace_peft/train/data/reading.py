@@ -4,6 +4,7 @@ import argparse
 import ast
 import logging
 import types
+from pathlib import Path
 
 from mace import data
 from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
@@ -13,7 +14,7 @@ from mace_peft.errors import PeftError
 from mace_peft.train.data.datasets import HDF5Dataset, check_elements_listed, parts_of
 from mace_peft.train.data.e0s import asked_E0s, check_energies_known, complete, narrow, with_energy
 from mace_peft.train.data.files import check_files, listed_elements, read_statistics, weights_by_type
-from mace_peft.train.data.heads import PT_HEAD
+from mace_peft.train.data.heads import PT_HEAD, REPLAY_SETS
 from mace_peft.train.data.labels import ISOLATED, count
 from mace_peft.train.data.labels_and_loss import check_labels
 
@@ -23,7 +24,7 @@ class Reading:
 
     check_known: raises PeftError for elements (atomic numbers) that the model to start from does not know.
     heads: MACE's configuration of each head, in the order of the run. E0s: what each asks for, see ``asked_E0s``.
-    counts: how many structures have each label, by head and part ("train" or "valid").
+    counts: how many structures have each label, by head and part ("train" or "valid"); weighed: with a weight.
     """
 
     def __init__(self, original: types.SimpleNamespace, args: argparse.Namespace, check_known):
@@ -33,10 +34,16 @@ class Reading:
         self.heads: list = []
         self.E0s: dict[str, str | dict[int, float]] = {}
         self.counts: dict[tuple[str, str], dict[str, int]] = {}
+        self.weighed: dict[tuple[str, str], dict[str, int]] = {}
         self.opened: set[tuple[str, str]] = set()
 
     def dict_head_to_dataclass(self, head: dict, head_name: str, args: argparse.Namespace):
-        """MACE's configuration of a head, with what its statistics file says unless an option says otherwise."""
+        """MACE's configuration of a head, with what its statistics file says unless an option says otherwise.
+
+        Of the sets that MACE downloads for replay, it takes one, whichever is asked for.
+        """
+        if head_name == PT_HEAD and self.args.pt_train_file in REPLAY_SETS:
+            head = {**head, "train_file": self.args.pt_train_file}
         config = self.original.dict_head_to_dataclass(head, head_name, args)
         check_files(config, args)
         if config.statistics_file is not None and head_name != PT_HEAD:
@@ -125,27 +132,50 @@ class Reading:
             part = "train" if kwargs["file_path"] in config.train_file and opened not in self.opened else "valid"
             self.opened.add(opened)
             for file in parts_of(dataset):
-                self.add(config.head_name, part, file.counts)
+                self.add(config.head_name, part, file.counts, file.weighed)
                 file.weight = self.args.weight_pt_head if config.head_name == PT_HEAD else 1.0
         return dataset
 
-    def add(self, head_name: str, part: str, counts: dict[str, int]) -> None:
-        held = self.counts.setdefault((head_name, part), count([]))
-        held.update({name: held[name] + number for name, number in counts.items()})
+    def add(self, head_name: str, part: str, counts: dict[str, int], weighed: dict[str, int]) -> None:
+        for of_all, of_these in ((self.counts, counts), (self.weighed, weighed)):
+            held = of_all.setdefault((head_name, part), count([]))
+            held.update({name: held[name] + number for name, number in of_these.items()})
 
     def check_before_training(self) -> None:
         """Raise PeftError for labels that do not go with the loss."""
         for config in self.heads:
+            check_types(config)
             for part in ("train", "valid") if config.collections is not None else ():
-                self.add(config.head_name, part, count(getattr(config.collections, part), weighed=False))
-        check_labels(self.args, self.heads, self.counts)
+                configurations = getattr(config.collections, part)
+                self.add(config.head_name, part, count(configurations, weighed=False), count(configurations))
+        check_labels(self.args, self.heads, self.counts, self.weighed)
 
     def check_tests(self, z_table, heads: list[str]) -> None:
-        """Open the folders of test sets, which MACE opens after the training."""
+        """Open the folders of test sets, which MACE opens after the training.
+
+        Raises PeftError for a file that cannot be used, and for two of one name: MACE would evaluate one of them.
+        """
+        seen: dict[str, str] = {}
         for config in self.heads:
             files = get_files_with_suffix(config.test_dir, "_test.h5") if config.test_dir is not None else []
             for file in files:
                 HDF5Dataset(file, self.args.r_max, z_table, heads=heads, head=config.head_name)
+                other = seen.setdefault(Path(file).name, file)
+                if other != file:
+                    raise PeftError(f"{other} and {file} have one name, by which MACE tells test sets apart: rename "
+                                    "one")
+
+
+def check_types(config) -> None:
+    """Raise PeftError for a weight of a type that no structure of the head has."""
+    if config.collections is None or config.head_name == PT_HEAD:
+        return
+    parts = (config.collections.train, config.collections.valid)
+    held = {str(configuration.config_type) for part in parts for configuration in part}
+    missing = [name for name in weights_by_type(config) if name not in held | {"Default", ISOLATED}]
+    if missing:
+        raise PeftError(f"--config_type_weights has {missing[0]}, a config_type that no structure of the head "
+                        f"{config.head_name} has, which has {', '.join(sorted(held))}: correct it, or leave it out")
 
 
 def elements_of(*parts: list) -> set[int]:

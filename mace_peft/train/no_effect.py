@@ -1,0 +1,42 @@
+"""Options of MACE that are given, and on which a run does not act: the log says so before the training."""
+
+import argparse
+import logging
+
+from mace.tools import build_default_arg_parser
+
+from mace_peft.train.data.heads import replays, replays_own_file
+
+OF_STAGE_TWO = ("start_swa", "swa_lr", "swa_energy_weight", "swa_forces_weight", "swa_stress_weight",
+                "swa_virials_weight", "swa_dipole_weight", "swa_polarizability_weight")
+OF_SCHEDULES = ("scheduler", "lr_factor", "scheduler_patience", "lr_scheduler_gamma")
+# options, when they have no effect, and what the log says of why; the first row that fits an option counts
+ROWS = (
+    (OF_STAGE_TWO, lambda args: not args.swa, "without --swa"),
+    (("ema_decay",), lambda args: not args.ema, "without --ema"),
+    (("huber_delta",), lambda args: args.loss not in ("huber", "universal"), "with --loss {loss}"),
+    (("lr", "swa_lr", "lr_params_factors", "optimizer", "beta", "weight_decay", *OF_SCHEDULES),
+     lambda args: args.lbfgs, "with --lbfgs, which chooses its steps itself"),
+    (("beta1_schedulefree", "beta2_schedulefree"), lambda args: args.optimizer != "schedulefree",
+     "with --optimizer {optimizer}"),
+    (("beta", *OF_SCHEDULES), lambda args: args.optimizer == "schedulefree",
+     "with --optimizer schedulefree"),
+    (("lr_factor", "scheduler_patience"), lambda args: args.scheduler != "ReduceLROnPlateau",
+     "with --scheduler {scheduler}"),
+    (("lr_scheduler_gamma",), lambda args: args.scheduler != "ExponentialLR", "with --scheduler {scheduler}"),
+    (("num_samples_pt", "subselect_pt", "filter_type_pt", "allow_random_padding_pt"), replays_own_file,
+     "on --pt_train_file {pt_train_file}, of which MACE takes all structures"),
+    (("loss",), lambda args: replays(args) and args.loss != "universal", "with replay, which MACE trains by universal"),
+    (("lr_params_factors",), lambda args: args.swa, "in stage two, where every parameter has --swa_lr"),
+)
+
+
+def warn_of_no_effect(args: argparse.Namespace) -> None:
+    """Log each option that is not at its default, and has no effect on the run."""
+    default, said = build_default_arg_parser().get_default, set()
+    for names, applies, why in ROWS:
+        for name in names if applies(args) else ():
+            value = getattr(args, name, None)  # releases differ in their options
+            if value is not None and value != default(name) and name not in said:
+                said.add(name)
+                logging.warning(f"--{name} {value} has no effect {why.format(**vars(args))}")
