@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import stat
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
@@ -36,23 +37,23 @@ def one_line_errors(what: object, only: Collection[int] | None = None, *,
 
 
 @contextlib.contextmanager
-def complete_file(path: str | os.PathLike, content: bytes | memoryview,
-                  unfinished: str | os.PathLike | None = None) -> Iterator[None]:
-    """Write the file under the name ``unfinished``; it has its own name, on the disk, when the block ends well.
+def complete_file(path: str | os.PathLike, content: bytes | memoryview, name: str | None = None) -> Iterator[None]:
+    """Write the file beside its place, hidden; it has its own name, on the disk, when the block ends well.
 
     Killed, on a full disk, or where the block fails, the file that was there stays. Of several writers each waits for
-    the one before. No link under either name is followed.
+    the one before. No link under either name is followed. name: of the file while it is unfinished, by default made
+    of its own.
     """
-    path = os.path.abspath(path)
-    unfinished = unfinished or f"{path}.unfinished"
-    with open_unfinished(unfinished) as file:
+    folder, own = os.path.split(os.path.abspath(path))
+    file, unfinished = open_unfinished(os.path.join(folder, f".{name or own}.mace_peft_unfinished"))
+    with file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             yield
             os.replace(unfinished, path)
-            sync_folder(os.path.dirname(path))
+            sync_folder(folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
@@ -61,27 +62,46 @@ def complete_file(path: str | os.PathLike, content: bytes | memoryview,
             lock(file, free=True)  # closing it is not enough where another process was forked meanwhile
 
 
-def open_unfinished(path: str | os.PathLike) -> BinaryIO:
-    """The file, made or emptied, and locked for this writer alone. A link or device in its place is removed."""
+def open_unfinished(path: str) -> tuple[BinaryIO, str]:
+    """The file, made or emptied, for this writer alone, and its name. A link or device in its place is removed.
+
+    Where the system has no locks, each writer has a name of its own, which nobody takes up if it is killed.
+    """
     while True:
         with contextlib.suppress(FileNotFoundError):
             there = os.lstat(path)
             if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
                 os.remove(path)
         file = open(os.open(path, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o666), "r+b")
-        lock(file)
+        if not lock(file):
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            path = f"{path}_{uuid.uuid4().hex}"
+            return open(path, "x+b"), path
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
                 file.truncate()
-                return file
+                return file, path
         file.close()  # another writer has finished it, or given it up, while this one waited
 
 
-def lock(file: BinaryIO, free: bool = False) -> None:
-    """Wait until no other writer has the file, where the system can tell."""
-    if fcntl:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX)
+def lock(file: BinaryIO, free: bool = False) -> bool:
+    """Wait until no other writer has the file; returns whether the system can tell."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_UN if free else fcntl.LOCK_EX)
+    except (AttributeError, OSError):  # Windows has no such locks, and neither have some file systems
+        return False
+    return True
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """The folder, with those that it lies in, on the disk."""
+    path = os.path.abspath(path)
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        os.makedirs(path, exist_ok=True)
+        sync_folder(os.path.dirname(path))
 
 
 def sync_folder(path: str) -> None:
@@ -92,6 +112,16 @@ def sync_folder(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise PeftError if something is there under this name, or where it leads to, that is no regular file."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return  # whoever opens it says what is wrong
+    if not regular:
+        raise PeftError(f"{path} is no regular file, but a directory, pipe or device: give the name of a file")
 
 
 def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:
@@ -113,13 +143,15 @@ def open_regular(path: str | os.PathLike, most: int) -> BinaryIO:
     raise PeftError(f"{path} {what}: save or copy it again")
 
 
-def write_complete(path: str | os.PathLike, content: bytes | memoryview, unfinished: str | os.PathLike | None = None,
-                   **remedy: str) -> None:
+def write_complete(path: str | os.PathLike, content: bytes | memoryview, name: str | None = None, **remedy: str
+                   ) -> None:
     """Write the file, complete or not at all, see ``complete_file``.
 
-    Raises PeftError if it cannot be written, with the ``remedy``, see ``one_line_errors``.
+    Raises PeftError if it cannot be written, with the ``remedy``, see ``one_line_errors``, or would take the place of
+    a pipe or device.
     """
-    with one_line_errors(path, **remedy), complete_file(path, content, unfinished):
+    check_regular(path)
+    with one_line_errors(path, **remedy), complete_file(path, content, name):
         pass
 
 

@@ -67,6 +67,46 @@ def test_two_savers_and_a_reader_at_one_directory(tmp_path, rounds=100):
         pytest.fail(errors.get(timeout=0.1))
 
 
+LINKS = {
+    "a link": lambda path, target: path.symlink_to(target),
+    "a hard link": lambda path, target: os.link(target, path),
+    "a link to nothing": lambda path, target: path.symlink_to(target.parent / "nothing"),
+    "a pipe": lambda path, target: os.mkfifo(path),
+    "a link to a device": lambda path, target: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link to a device"])
+@pytest.mark.parametrize("write", [lambda path: write_complete(path, b"new"),
+                                   lambda path: files.complete(torch.save)({}, path)], ids=["bytes", "torch"])
+def test_a_pipe_or_device_in_the_place_of_a_file_stays(tmp_path, kind, write):
+    LINKS[kind](tmp_path / "out", None)
+    before = os.lstat(tmp_path / "out")
+    with pytest.raises(PeftError, match="out is no regular file"):
+        write(tmp_path / "out")
+    assert os.path.samestat(os.lstat(tmp_path / "out"), before) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_of_somebody_else_beside_it_stays(tmp_path):
+    (tmp_path / "out.unfinished").write_text("my only copy")
+    write_complete(tmp_path / "out", b"new")
+    assert (tmp_path / "out.unfinished").read_text() == "my only copy"
+
+
+def test_without_locks_each_writer_has_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    with files.complete_file(tmp_path / "out", b"first"), files.complete_file(tmp_path / "out", b"second"):
+        pass
+    assert (tmp_path / "out").read_bytes() == b"first" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_folders_that_are_made_are_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", lambda path: synced.append(str(path)))
+    save_adapter(adapted(0), tmp_path / "deep" / "adapter")
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "deep")]
+
+
 @needs_fork
 @forks
 def test_a_writer_waits_for_the_one_before(tmp_path):
@@ -85,17 +125,10 @@ def test_a_writer_waits_for_the_one_before(tmp_path):
     assert order == [True] and path.read_bytes() == b"second" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-LINKS = {
-    "a link": lambda path, target: path.symlink_to(target),
-    "a hard link": lambda path, target: os.link(target, path),
-    "a link to nothing": lambda path, target: path.symlink_to(target.parent / "nothing"),
-    "a pipe": lambda path, target: os.mkfifo(path),
-    "a link to a device": lambda path, target: path.symlink_to("/dev/zero"),
-}
-
 
 @pytest.mark.parametrize("make", LINKS.values(), ids=LINKS)
-@pytest.mark.parametrize("name", [TENSOR_FILE, CONFIG_FILE, f"{TENSOR_FILE}.unfinished", f"{CONFIG_FILE}.unfinished"])
+@pytest.mark.parametrize("name", [TENSOR_FILE, CONFIG_FILE, f".{TENSOR_FILE}.mace_peft_unfinished",
+                                  f".{CONFIG_FILE}.mace_peft_unfinished"])
 def test_a_save_follows_no_link_and_waits_for_no_pipe(tmp_path, name, make):
     (tmp_path / "precious").write_text("my only copy")
     (tmp_path / "adapter").mkdir()

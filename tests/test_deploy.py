@@ -349,7 +349,7 @@ def test_an_export_that_fails_leaves_no_file(folder, tmp_path, small_files, form
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.since("0.3.14")  # has that block
+@pytest.mark.since("0.3.16")  # before, that block compiles
 @pytest.mark.parametrize("format", ["torchscript", "lammps"])
 def test_a_model_that_torchscript_does_not_compile_is_refused(tmp_path, format):
     foundation = tiny_mace(first=NON_LINEAR, later=NON_LINEAR)

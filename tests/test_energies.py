@@ -87,7 +87,7 @@ def expected(way: str, structures: list[Atoms], present: set[int], given: set[in
     return {z: GIVEN[z] for z in present} if present <= given else None
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate],
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(way=st.sampled_from(WAYS), present=elements, unknown=st.integers(0, 7), given=st.sets(
     st.sampled_from(sorted(GIVEN)), min_size=1), alone=st.sets(st.sampled_from(sorted(ALONE))))

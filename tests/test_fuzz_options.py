@@ -191,7 +191,7 @@ def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
 def test_any_settings_give_a_start_or_one_line(front):
     seen = collections.Counter()
 
-    @settings(cases, max_examples=600)
+    @settings(cases, max_examples=400)
     @given(COMMAND_LINE, IN_FILE, OF_MACE)
     def check(command_line, in_file, of_mace):
         args, fine_tune = read(front, command_line, in_file, of_mace)

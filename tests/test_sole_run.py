@@ -15,7 +15,7 @@ from runs import NAME, SEED, arguments, finish, train_here, write_inputs
 
 from mace_peft import PeftError
 from mace_peft.train import sole_run as module
-from mace_peft.train.sole_run import lock_files, refuse_running, sole_run
+from mace_peft.train.sole_run import lock_files, run_without_peft, sole_run
 
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": 1}
 GOING_ON = r"a run of the same --name is going on \(process \d+ on .*\), which writes to .*: wait for its end"
@@ -27,18 +27,18 @@ def options(folder, **changed):
                                  "distributed": False, "swa": True, **changed})
 
 
-def hold(args, ready):
+def hold(begin, args, ready):
     """A process of its own: locks are those of processes."""
-    with sole_run(args):
+    with begin(args):
         Path(ready).touch()
         time.sleep(600)
 
 
 @contextlib.contextmanager
-def running(folder, **changed):
+def running(folder, begin=sole_run, **changed):
     """Another run has the locks; gives its process."""
     ready = folder / "ready"
-    process = SERVER.Process(target=hold, args=(options(folder, **changed), ready))
+    process = SERVER.Process(target=hold, args=(begin, options(folder, **changed), ready))
     process.start()
     while not ready.exists():
         time.sleep(0.01)
@@ -78,9 +78,18 @@ def test_a_second_run_stops_before_it_writes_anything(inputs, tmp_path, capsys, 
 def test_runs_stop_each_other_where_they_write_to_the_same_files(tmp_path, changed, goes):
     changed = {name: str(tmp_path / value) if name.endswith("_dir") else value for name, value in changed.items()}
     with running(tmp_path):
-        for check in (lambda args: sole_run(args).__enter__(), refuse_running):
-            with contextlib.nullcontext() if goes else pytest.raises(PeftError, match=GOING_ON):
-                check(options(tmp_path, **changed))
+        for begin in (sole_run, run_without_peft):
+            with contextlib.nullcontext() if goes else pytest.raises(PeftError, match=GOING_ON), \
+                    begin(options(tmp_path, **changed)):
+                pass
+
+
+def test_runs_without_peft_go_side_by_side_and_one_with_stops(tmp_path):
+    with running(tmp_path, run_without_peft):
+        with run_without_peft(options(tmp_path)):
+            pass
+        with pytest.raises(PeftError, match=GOING_ON), sole_run(options(tmp_path)):
+            pass
 
 
 def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
@@ -96,14 +105,14 @@ def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
 def test_a_file_that_its_run_removes_meanwhile_is_no_lock(tmp_path):
     path, opened = tmp_path / "lock", []
 
-    def removed_first(file, path, original=module.take_lock):
-        original(file, path)
+    def removed_first(file, path, kind, original=module.take_lock):
+        original(file, path, kind)
         if not opened:
             path.unlink()
         opened.append(file)
 
     with unittest.mock.patch.object(module, "take_lock", removed_first):
-        file = module.open_locked(path)
+        file = module.open_locked(path, module.fcntl.LOCK_EX)
     assert len(opened) == 2 and opened[0].closed and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     file.close()
 
@@ -131,8 +140,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path):
 
 def test_without_such_locks_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fcntl", None)
-    refuse_running(options(tmp_path))
-    with sole_run(options(tmp_path)):
+    with run_without_peft(options(tmp_path)), sole_run(options(tmp_path)):
         assert not list(tmp_path.iterdir())
 
 

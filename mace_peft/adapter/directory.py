@@ -16,7 +16,7 @@ from torch import nn
 from mace_peft.adapter.description import check_description, describe, sealed
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
-from mace_peft.files import complete_file, open_regular
+from mace_peft.files import complete_file, make_folder, open_regular
 from mace_peft.model.adapted import check_adapted, origin, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
@@ -49,7 +49,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     files = contents(describe(model), trained)
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         # the inner file has its name first
         with complete_file(directory / TENSOR_FILE, files[TENSOR_FILE]), \
                 complete_file(directory / CONFIG_FILE, files[CONFIG_FILE]):

@@ -14,6 +14,7 @@ from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
 from torch import nn
 
 from mace_peft.errors import PeftError, one_line
+from mace_peft.files import check_regular
 
 LAST_MADE: dict[tuple, nn.Module] = {}  # one, see ``new_model``
 
@@ -66,6 +67,7 @@ def load_by_name(name: str, dtype: str) -> nn.Module:
         return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
     if name == "mace_omol":
         return foundations_models.mace_omol(**options)
+    check_regular(name)
     return torch.load(name, map_location="cpu", weights_only=False)
 
 

@@ -19,7 +19,7 @@ from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation
 from mace_peft.blocks.adapted import Updated, adapted_blocks, weights_of
 from mace_peft.errors import PeftError, one_line
-from mace_peft.files import REMEDY, write_complete
+from mace_peft.files import REMEDY, check_regular, write_complete
 from mace_peft.inspect.gains import constant_gains, gain_statistics, gates_with_gains
 from mace_peft.inspect.spectra import update_spectra
 from mace_peft.methods import METHODS
@@ -53,6 +53,10 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
         figures["updates"] = draw_updates(update_spectra(model))
     directory = Path(adapter).resolve()
     paths = [directory.with_name(f"{directory.name}_{name}.png") for name in figures]
+    for path in paths:
+        for given in (foundation, structures):
+            if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+                raise PeftError(f"the figure {path} would take the place of {given}, which was given: rename that")
     for path, figure in zip(paths, figures.values(), strict=True):
         content = io.BytesIO()
         figure.savefig(content)
@@ -62,6 +66,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
 
 def read_structures(path: str) -> list[ase.Atoms]:
     """Raises PeftError for a file that ASE does not read."""
+    check_regular(path)
     try:
         return ase.io.read(path, ":")
     except Exception as error:  # its readers fail in many ways

@@ -7,7 +7,7 @@ import os
 import torch
 from mace.tools import CheckpointIO
 
-from mace_peft.files import one_line_errors, write_complete
+from mace_peft.files import make_folder, one_line_errors, write_complete
 from mace_peft.train.progress import Progress
 
 
@@ -44,15 +44,14 @@ class CompleteCheckpointIO(CheckpointIO):
     def newest(self) -> str | None:
         """The path of the file that knows most of the run."""
         restart = os.path.join(self.directory, self.restart)
-        return restart if os.path.exists(restart) else next(reversed(self.of_this_run()), None)
+        return restart if os.path.isfile(restart) else next(reversed(self.of_this_run()), None)
 
     def write(self, name: str, content: dict) -> None:
         written = io.BytesIO()
         torch.save(content, written)
         with one_line_errors(self.directory):
-            os.makedirs(self.directory, exist_ok=True)
-        unfinished = os.path.join(self.directory, f"{self.tag}.unfinished")
-        write_complete(os.path.join(self.directory, name), written.getbuffer(), unfinished)
+            make_folder(self.directory)
+        write_complete(os.path.join(self.directory, name), written.getbuffer(), self.tag)
 
     def remove_others(self, progress: Progress, keep: bool) -> None:
         """Remove checkpoints of epochs that come again and, unless all are kept, those that are not the best ones."""

@@ -1,8 +1,10 @@
 """The ``--peft*`` options of ``mace_run_train``, and the checks made before any data is read."""
 
 import argparse
+import glob
 import importlib.util
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import NoReturn
 
 from mace_peft.config import PeftConfig, check_effect
 from mace_peft.errors import PeftError, check_choice
+from mace_peft.files import check_regular
 from mace_peft.methods import METHODS
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
@@ -108,7 +111,8 @@ def check_options(args: argparse.Namespace) -> None:
         check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
     for stage in ("", "_stagetwo"):
         check_free(adapter_directory(args, stage))
-    check_foundation_stays(args)
+    check_names_free(args)
+    check_start_stays(args)
 
 
 def settle_cueq(args: argparse.Namespace) -> None:
@@ -145,8 +149,22 @@ def check_free(directory: Path) -> None:
                         "this run another --name")
 
 
-def check_foundation_stays(args: argparse.Namespace) -> None:
-    """Raise PeftError if a model that the run writes takes the place of the foundation, which the adapter needs."""
+def check_names_free(args: argparse.Namespace) -> None:
+    """Raise PeftError if a link, pipe or device has the name of a file that the run writes to or reads again."""
+    beginning = checkpoints_begin(args)
+    folders = ((beginning.parent, "*.pt"), (Path(args.log_dir or Path(args.work_dir, "logs")), "*.log"),
+               (Path(args.results_dir or Path(args.work_dir, "results")), "*.txt"))
+    for folder, pattern in folders:
+        for path in folder.glob(f"{glob.escape(beginning.name)}{pattern}"):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise PeftError(f"{path} is a link, pipe or device, and the run has a file of that name: remove it, or "
+                                "give this run another --name")
+    for stage in ("", "_stagetwo"):
+        check_regular(model_path(args, stage))
+
+
+def check_start_stays(args: argparse.Namespace) -> None:
+    """Raise PeftError if a model or adapter that the run writes takes the place of what it starts from."""
     foundation = Path(args.foundation_model)
     stages = ("", "_stagetwo") if args.swa else ("",)
     for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name)):
@@ -154,6 +172,11 @@ def check_foundation_stays(args: argparse.Namespace) -> None:
             if path.exists() and foundation.exists() and path.samefile(foundation):
                 raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
                                 "adapter needs: give this run another --name")
+    adapter = getattr(args, "peft_adapter", None)
+    for path in [adapter_directory(args, stage) for stage in stages] if adapter is not None else ():
+        if path.exists() and Path(adapter).exists() and path.samefile(adapter):
+            raise PeftError(f"--name {args.name} would write its adapter over --peft_adapter {adapter}, from which it "
+                            "starts: give this run another --name")
 
 
 def checkpoints_begin(args: argparse.Namespace) -> Path:

@@ -11,7 +11,7 @@ import types
 from mace_peft.errors import PeftError
 from mace_peft.patching import replaced
 from mace_peft.train.options import add_options, check_options, checkpoints_begin, read_settings, settle_cueq, stop
-from mace_peft.train.sole_run import refuse_running, sole_run
+from mace_peft.train.sole_run import run_without_peft, sole_run
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
@@ -31,10 +31,9 @@ def install(run_train: types.ModuleType) -> None:
         try:
             settings = read_settings(args)
             if settings is None:
-                refuse_running(args)
-                refuse_checkpoints(args)
                 configure = functools.partial(refuse_adapted, run_train.configure_model)
-                with replaced(run_train, "configure_model", configure):
+                with run_without_peft(args), replaced(run_train, "configure_model", configure):
+                    refuse_checkpoints(args)
                     return original_run(args)
             check_version()
             check_options(args)
@@ -84,7 +83,7 @@ def refuse_checkpoints(args: argparse.Namespace) -> None:
 
     beginning = checkpoints_begin(args)
     for path in sorted(beginning.parent.glob("*.pt")):
-        if not path.name.startswith(f"{beginning.name}_epoch-"):
+        if not path.name.startswith(f"{beginning.name}_epoch-") or not path.is_file():
             continue
         try:
             with_peft = "peft" in torch.load(path, map_location="meta", weights_only=False)

@@ -27,22 +27,30 @@ RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # set by who starts th
 
 @contextlib.contextmanager
 def sole_run(args: argparse.Namespace) -> Iterator[None]:
-    """While this lasts, no other run with ``--peft`` writes to files of the same names.
+    """While this lasts, no other run writes to files of the same names.
 
     Raises PeftError if one does so already. Of a distributed run, the first process has the locks for all.
     """
     with contextlib.ExitStack() as stack:
         if fcntl is not None and is_first(args):
             for path in lock_files(args):
-                stack.enter_context(locked(path))
+                with one_line_errors(path):
+                    stack.enter_context(locked(path, fcntl.LOCK_EX))
         yield
 
 
-def refuse_running(args: argparse.Namespace) -> None:
-    """Raise PeftError if a run with ``--peft`` writes to files of the same names. One without has no lock itself."""
-    for path in lock_files(args) if fcntl is not None else ():
-        with contextlib.suppress(OSError), open(path, "r+") as file:
-            take_lock(file, path)
+@contextlib.contextmanager
+def run_without_peft(args: argparse.Namespace) -> Iterator[None]:
+    """While this lasts, no run with ``--peft`` writes to files of the same names; others without do as ever.
+
+    Raises PeftError if one with ``--peft`` does so already.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and is_first(args):
+            for path in lock_files(args):
+                with contextlib.suppress(OSError):  # such a run writes where it can, and has no lock elsewhere
+                    stack.enter_context(locked(path, fcntl.LOCK_SH))
+        yield
 
 
 def is_first(args: argparse.Namespace) -> bool:
@@ -62,24 +70,25 @@ def lock_files(args: argparse.Namespace) -> list[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    with one_line_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_locked(path)
+def locked(path: Path, kind: int) -> Iterator[None]:
+    """kind: the lock of ``fcntl``, exclusive or shared."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open_locked(path, kind)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the lock counts, not the file
+        with contextlib.suppress(OSError):  # the lock counts, not the file; another may share it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         file.close()
 
 
-def open_locked(path: Path) -> TextIO:
+def open_locked(path: Path, kind: int) -> TextIO:
     """The file, opened and locked. What is written in it tells others which process has the lock."""
     while True:
         file = open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         try:
-            take_lock(file, path)
+            take_lock(file, path, kind)
             if is_at(file, path):
                 file.truncate()
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -91,16 +100,16 @@ def open_locked(path: Path) -> TextIO:
         file.close()  # of a run that has just ended and removed it
 
 
-def take_lock(file: TextIO, path: Path) -> None:
+def take_lock(file: TextIO, path: Path, kind: int) -> None:
     """Raise PeftError if another process has the lock. Those that this one forks, such as data loaders, do not."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             whose = file.read(200) or "another process"
             raise PeftError(f"a run of the same --name is going on ({whose}), which writes to {path.parent}, too: wait "
                             "for its end, or give this run another --name") from None
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCKS or kind == fcntl.LOCK_SH:
             raise
         warnings.warn(f"the file system of {path} has no locks: start no second run of this name while this one lasts",
                       stacklevel=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
 
 from mace_peft.errors import PeftError, one_line
+from mace_peft.files import check_regular
 from mace_peft.train.data.heads import REPLAY_SETS
 
 PARTS = {"train_file": "--train_file", "valid_file": "--valid_file", "test_file": "--test_file"}
@@ -62,7 +63,8 @@ def check_there(file: str, option: str) -> None:
         if Path(path).is_dir() and not any(list(Path(path).glob(f"*.{end}")) for end in
                                            ("h5", "hdf5", "lmdb", "aselmdb", "mdb")):
             raise PeftError(f"{option} {path} is a folder without HDF5 or LMDB files: give a file, or their folder")
-        if Path(path).is_file():
+        if not Path(path).is_dir():
+            check_regular(path)
             try:
                 open(path, "rb").close()
             except OSError as error:

@@ -15,6 +15,7 @@ from mace.data import Configuration, KeySpecification, config_from_atoms
 from mace.tools import DefaultKeys
 
 from mace_peft.errors import PeftError, one_line
+from mace_peft.files import check_regular
 
 LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
 STATES = ("total_charge", "total_spin", "elec_temp")  # numbers of a structure on which predictions may depend
@@ -99,6 +100,7 @@ def is_alone(atoms: ase.Atoms) -> bool:
 
 def read(file_path: str) -> list[ase.Atoms]:
     """The structures of a file that ASE reads. Raises PeftError if there are none, or it cannot be read."""
+    check_regular(file_path)
     try:
         structures = ase.io.read(file_path, ":")
     except FileNotFoundError:
