@@ -125,7 +125,7 @@ def two_headed(tmp_path_factory):
 def test_a_run_goes_on_from_one_head_of_a_model_that_has_several(two_headed, head, tmp_path):
     trained = load(two_headed / "run.model")
     train_here(two_headed, work_dir=tmp_path, peft="mmea", foundation_model=two_headed / "run.model",
-               foundation_head=head, max_num_epochs=1, lr=0.0)
+               foundation_head=head, max_num_epochs=1, lr=1e-30)
     model, structures = load(tmp_path / "run.model"), configurations(3)
     for atoms in structures:
         atoms.info["head"] = head
