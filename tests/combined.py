@@ -65,7 +65,7 @@ def check_base(run: Run, stage_two: bool, foundation_file: Path) -> torch.nn.Mod
 
 
 def check_result(run: Run, stage_two: bool, foundation_file: Path) -> None:
-    """Files are there, adapters have learnt, the base is the foundation's, and all that was saved agrees."""
+    """Files are there, what has learnt has, the base is the foundation's, and all that was saved agrees."""
     stem = f"{NAME}{STAGES[stage_two]}"
     assert all((run.folder / f"{stem}{end}").exists() for end in (".model", "_compiled.model", "_adapter"))
     loaded = load_adapter(check_base(run, stage_two, foundation_file), run.adapter(stage_two))
@@ -77,7 +77,8 @@ def check_result(run: Run, stage_two: bool, foundation_file: Path) -> None:
     expected = predict(loaded, structures)
     torch.testing.assert_close(predict(run.model(stage_two), structures), expected, rtol=1e-10, atol=1e-10)
     with disable_adapter(loaded):
-        assert not torch.allclose(predict(loaded, structures)[1], expected[1], rtol=1e-3)
+        learnt = not torch.allclose(predict(loaded, structures)[1], expected[1], rtol=1e-3)
+    assert learnt == (run.progress().result(stage_two) is not None)
 
 
 def assert_same(tensors: dict, expected: dict, tolerance: float = 0) -> None:

@@ -221,7 +221,7 @@ class FineTune:
     def train(self, **arguments) -> None:
         """The training; at its end its results are saved, so that nothing that fails after it can cost them."""
         progress = train(self.checkpoints, self.args.restart_latest, **arguments)
-        self.results.progress = progress
+        self.results.progress, self.results.heads = progress, list(arguments["valid_loaders"])
         for stage_two in (False, True)[:len(progress.stages)]:
             if arguments["rank"] == 0:
                 with self.checkpoints.result_in(self.model, stage_two):

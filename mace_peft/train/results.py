@@ -27,7 +27,7 @@ class Results:
     """Saves the results of a run, and keeps what MACE does after the training from ending it without a word.
 
     original: what MACE and torch bind to the names of ``mace_peft.train.seams``; saved: the models, by whether they are
-    those of stage two; progress: of the run, once its training has ended.
+    those of stage two; progress: of the run, once its training has ended, and heads, in the order of validation.
     """
 
     def __init__(self, original: types.SimpleNamespace, args: argparse.Namespace, save_file: Callable):
@@ -36,6 +36,7 @@ class Results:
         self.save_file = save_file
         self.saved: dict[bool, nn.Module] = {}
         self.progress: Progress | None = None
+        self.heads: list[str] = []
 
     def save(self, model: nn.Module, stage_two: bool) -> nn.Module:
         """Save the adapter, and the model with the updates folded in, which is returned."""
@@ -112,6 +113,8 @@ class Results:
         for stage_two in (False, True):
             if not stage_two or stage_two in self.saved:
                 level, line = outcome(self.progress, stage_two)
+                if len(self.heads) > 1:
+                    line += f" (losses of the head {self.heads[-1]}, by which MACE chooses)"
                 names = [path.name for path in (model_path(self.args, "_stagetwo" if stage_two else ""),
                                                 adapter_directory(self.args, "_stagetwo" if stage_two else ""))]
                 logging.log(level, f"Result in {names[0]} and {names[1]}: {line}")
