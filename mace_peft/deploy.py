@@ -16,7 +16,7 @@ from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 from torch import nn
 from tqdm import tqdm
 
-from mace_peft.adapter.directory import read_adapter
+from mace_peft.adapter.directory import read_sizes
 from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.e3nn import compile as compile_to_torchscript
@@ -80,7 +80,7 @@ def deployable(
     foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None
 ) -> nn.Module:
     """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
-    _, description, _ = read_adapter(adapter)
+    description, _ = read_sizes(adapter)
     dtype = dtype or description["dtype"]
     check_choice("default_dtype", dtype, ("float32", "float64"))
     model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)

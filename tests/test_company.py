@@ -16,7 +16,7 @@ from test_damage import CONFIG_FILE, SETTINGS, TENSOR_FILE, meaning, small_mace
 from tiny import randomise
 
 from mace_peft import PeftConfig, PeftError, eject, files, inject, load_adapter, save_adapter
-from mace_peft.adapter.directory import contents, read_adapter
+from mace_peft.adapter.directory import contents, read_adapter, read_sizes
 from mace_peft.files import write_complete
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -156,7 +156,7 @@ def test_a_reader_follows_no_link_and_waits_for_no_pipe(tmp_path, name, make):
 def test_a_large_file_is_refused_before_it_is_read(tmp_path):
     save_adapter(adapted(0), tmp_path)
     os.truncate(tmp_path / TENSOR_FILE, 2**40)  # with a hole, which takes no room
-    with pytest.raises(PeftError, match="has 1,099,511,627,776 bytes, of at most 536,870,912"):
+    with pytest.raises(PeftError, match="has 1,099,511,627,776 bytes, of at most 134,217,728"):
         read_adapter(tmp_path)
 
 
@@ -211,6 +211,29 @@ def hostile(choice, folder, description, tensors):
         elif what == "a folder":
             (folder / name).mkdir()
     return what
+
+
+@pytest.mark.parametrize("names", [["x" * 301], [f"x.{number}" for number in range(5001)]], ids=["long", "many"])
+def test_long_and_many_names_are_refused_before_their_tensors_are_loaded(tmp_path, monkeypatch, names):
+    """A table of them would pad each row to the longest one."""
+    _, description, tensors = read_adapter(save_adapter(adapted(0), tmp_path))
+    for name, content in contents(description, tensors | dict.fromkeys(names, torch.zeros(0))).items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("mace_peft.adapter.directory.load", None)
+    for read in (read_adapter, read_sizes):
+        with pytest.raises(PeftError, match="more than 5,000 tensors, or one whose name is longer than 300 signs"):
+            read(tmp_path)
+
+
+def test_info_loads_no_tensor_and_checks_what_was_saved(tmp_path, monkeypatch):
+    _, description, tensors = read_adapter(save_adapter(adapted(0), tmp_path))
+    monkeypatch.setattr("mace_peft.adapter.directory.load", None)
+    assert read_sizes(tmp_path) == (description, {name: tensor.numel() for name, tensor in tensors.items()})
+    with open(tmp_path / TENSOR_FILE, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(PeftError, match="checksum differs"):
+        read_sizes(tmp_path)
 
 
 def test_hostile_directories_end_in_a_line_soon_and_cost_little(tmp_path, rounds=80):

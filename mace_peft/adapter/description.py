@@ -32,6 +32,7 @@ NUMBERS = AtMost(200, [float])
 SHA256 = AtMost(64, str)
 ELEMENT = range(1, 119)
 RANK = range(1, 10**6 + 1)
+TENSORS = AtMost(5000, {NAME: {"dtype": NAME, "shape": AtMost(10, ([], [range(2**31)])), "data_offsets": [int]}})
 ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
 FIELDS = {
     "format": int,
@@ -104,13 +105,13 @@ def check_description(description: object, path: object) -> dict:
 def fits(value: object, kind: object) -> bool:
     """Whether a JSON value is of the kind.
 
-    That is a type; None; a text, that one; a range of whole numbers; [kind], a list of such entries, not empty;
-    {"name": kind}, an object of these fields; {kind: kind}, one of any fields of that kind; (kind, kind), either; or
-    ``AtMost``. Numbers are finite.
+    That is a type; None; a text, that one; a range of whole numbers; [kind], a list of such entries, not empty; [],
+    the empty one; {"name": kind}, an object of these fields; {kind: kind}, one of any fields of that kind;
+    (kind, kind), either; or ``AtMost``. Numbers are finite.
     """
     if isinstance(kind, AtMost):
         return isinstance(value, (str, list, dict)) and len(value) <= kind.most and fits(value, kind.kind)
-    if kind is None or isinstance(kind, str):
+    if kind is None or isinstance(kind, str) or kind == []:
         return value == kind
     if isinstance(kind, range):
         return type(value) is int and value in kind

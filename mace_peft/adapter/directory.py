@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from mace_peft.adapter.description import check_description, describe, sealed
+from mace_peft.adapter.description import NAME, TENSORS, check_description, describe, fits, sealed
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import complete_file, make_folder, open_regular
@@ -24,7 +26,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 SAID = "mace_peft"  # the name of the description in the metadata
 METADATA = {"format": "pt"}  # which other readers of safetensors ask for
 LARGEST_CONFIG = 2**20  # bytes
-LARGEST_TENSORS = 2**29
+LARGEST_TENSORS = 2**27  # twice those of the largest MACE-MP at rank 64
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -75,14 +77,30 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict, dict[s
 
     Raises PeftError if a file is missing, damaged, changed, too large or a link, or if a newer mace-peft wrote it.
     """
+    with opened(directory) as (file, config, description, _):
+        file.seek(0)
+        return config, description, finite(load(file.read()), directory)
+
+
+def read_sizes(directory: str | os.PathLike) -> tuple[dict, dict[str, int]]:
+    """The description, and how many numbers each tensor has: their checksum is checked, and none of them is kept.
+
+    Raises PeftError where ``read_adapter`` does, but for what it finds in the numbers.
+    """
+    with opened(directory) as (_, _, description, tensors):
+        return description, {name: math.prod(entry["shape"]) for name, entry in tensors.items()}
+
+
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike) -> Iterator[tuple[BinaryIO, PeftConfig, dict, dict]]:
+    """The file of tensors, whose checksum is right; the settings, the description and the header; ``read_adapter``."""
     directory = Path(directory)
     try:
         with open_regular(directory / TENSOR_FILE, LARGEST_TENSORS) as tensors, \
                 open_regular(directory / CONFIG_FILE, LARGEST_CONFIG) as copy:
             check_description(json.loads(copy.read()), directory / CONFIG_FILE)
-            description = read_description(tensors, directory / TENSOR_FILE)
-            tensors.seek(0)
-            return PeftConfig(**description["peft"]), description, finite(load(tensors.read()), directory)
+            description, header = read_description(tensors, directory / TENSOR_FILE)
+            yield tensors, PeftConfig(**description["peft"]), description, header
     except PeftError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -102,25 +120,27 @@ def read_header(file: BinaryIO) -> dict:
 
 
 def checksum_of_tensors(file: BinaryIO, header: dict) -> str:
-    """SHA-256 of the tensors, where the header has been read."""
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    checksum = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
+    """SHA-256 of the tensors, where the header, without metadata, has been read."""
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     while part := file.read(2**20):
         checksum.update(part)
     return checksum.hexdigest()
 
 
-def read_description(file: BinaryIO, path: Path) -> dict:
-    """What the file says of its tensors. Raises PeftError if they are not those that were saved."""
+def read_description(file: BinaryIO, path: Path) -> tuple[dict, dict]:
+    """What the file says of its tensors, and the header. Raises PeftError if they are not those that were saved."""
     header = read_header(file)
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     said = metadata.pop(SAID, None) if isinstance(metadata, dict) else None
     if said is None or metadata != METADATA:
         raise PeftError(f"{path} is no adapter of mace-peft: give the NAME_adapter directory that a run left")
     description = check_description(json.loads(said), path)
     if description["tensors"] != checksum_of_tensors(file, header):
         raise PeftError(f"{path} is not what was saved, for its checksum differs: save or copy the adapter again")
-    return description
+    if not fits(header, TENSORS):
+        raise PeftError(f"{path} holds more than {TENSORS.most:,} tensors, or one whose name is longer than "
+                        f"{NAME.most} signs or whose shape is none: save the adapter again")
+    return description, header
 
 
 def finite(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from prettytable import PrettyTable
-from torch import Tensor
 
 from mace_peft.adapter.description import describe
-from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_adapter
+from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_sizes
 from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.errors import PeftError, printable
 from mace_peft.methods import METHODS
@@ -24,14 +23,15 @@ def info(path: str, trust: bool = False) -> str:
         if Path(path).is_file():
             raise PeftError(f"{path} is no adapter directory: if it is a model, whose file can run any code when it is "
                             "loaded, and you know who made it, add --trust")
-        _, description, tensors = read_adapter(path)
+        description, sizes = read_sizes(path)
         size = sum((Path(path) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
-        return adapter_info(f"adapter {path} ({size:,} bytes)", description, tensors)
+        return adapter_info(f"adapter {path} ({size:,} bytes)", description, sizes)
     model = load_foundation(path)
     if Path(path).exists():
         path += f" ({Path(path).stat().st_size:,} bytes)"
     if is_adapted(model):
-        return adapter_info(f"adapted model {path}", describe(model), trainable_parameters(model))
+        sizes = {name: parameter.numel() for name, parameter in trainable_parameters(model).items()}
+        return adapter_info(f"adapted model {path}", describe(model), sizes)
     return table({
         "what": f"model {path}",
         "adapters": "none: a plain MACE model, such as a foundation or a merged fine-tune",
@@ -43,19 +43,19 @@ def info(path: str, trust: bool = False) -> str:
     })
 
 
-def adapter_info(what: str, description: dict, tensors: dict[str, Tensor]) -> str:
+def adapter_info(what: str, description: dict, sizes: dict[str, int]) -> str:
     config, foundation = description["peft"], description["foundation"]
     row = METHODS[config["method"]]
     shown = {"rank": config["rank"], "alpha": "as the rank" if config["alpha"] is None else f"{config['alpha']:g}",
              "gate": config["gate"]}
     settings = [f"{name} {value}" for name, value in shown.items() if name in row.settings]
-    sizes: dict[str, int] = {}
-    for name, tensor in tensors.items():
+    found: dict[str, int] = {}
+    for name, size in sizes.items():
         module = name.partition(".adapter.")[0]
-        sizes[module] = sizes.get(module, 0) + tensor.numel()
+        found[module] = found.get(module, 0) + size
     modules = PrettyTable(["module", "parameters"], align="r")
     modules.align["module"] = "l"
-    modules.add_rows([[printable(module), f"{size:,}"] for module, size in sorted(sizes.items())])
+    modules.add_rows([[printable(module), f"{size:,}"] for module, size in sorted(found.items())])
     return table({
         "what": what,
         "method": ", ".join([config["method"], *settings]),
