@@ -11,6 +11,7 @@ from mace_peft.methods import GATES, METHODS, Method
 
 DEFAULT_BUDGET = "5%"
 LARGEST = sys.float_info.max
+MOST_PATTERNS = 200
 RANKS = (lambda rank: 1 <= rank <= 10**6), "a whole number of at least 1, up to a million"
 # what a method lacks, on which the setting would act
 ACTS_ON = {"rank": "rank", "budget": "rank", "rank_pattern": "rank", "alpha": "low-rank updates", "gate": "gates",
@@ -76,8 +77,8 @@ class PeftConfig:
             self.settle("rank", int(self.rank))
             for name in ("budget", "rank_pattern"):
                 if getattr(self, name) is not None:
-                    raise PeftError(f"<{name}> {getattr(self, name)} has no effect on <rank> {self.rank}: leave it "
-                                    "out, or use <rank> auto")
+                    raise PeftError(f"<{name}> {getattr(self, name)!s:.200} has no effect on <rank> {self.rank}: "
+                                    "leave it out, or use <rank> auto")
         if self.alpha is None and not automatic and "alpha" in self.row.settings:
             self.settle("alpha", self.rank)
         if self.alpha is not None:
@@ -121,7 +122,8 @@ def check_effect(given: dict[str, object]) -> None:
     for name, lacking in ACTS_ON.items():
         setting = "rank" if name in ("budget", "rank_pattern") else name
         if given.get(name) is not None and setting not in METHODS[method].settings:
-            raise PeftError(f"<{name}> {given[name]} has no effect on {method}, which has no {lacking}: leave it out")
+            raise PeftError(f"<{name}> {given[name]!s:.200} has no effect on {method}, which has no {lacking}: leave "
+                            "it out")
 
 
 def check_number(setting: str, value: object, kind: type, allowed, rule: str) -> None:
@@ -132,10 +134,19 @@ def check_number(setting: str, value: object, kind: type, allowed, rule: str) ->
 
 
 def check_patterns(setting: str, value: object, what: str, remedy: str) -> None:
-    """Raise PeftError unless value is a list of glob patterns."""
-    if not isinstance(value, str) or not split_patterns(value):
-        wrong = f"names no {what}" if isinstance(value, str) else "is no text"
-        raise PeftError(f"{setting} {value!r} {wrong}: use comma-separated glob patterns {remedy}")
+    """Raise PeftError unless value is a list of glob patterns, printable and not too many."""
+    patterns = split_patterns(value) if isinstance(value, str) else None
+    if patterns is None:
+        wrong = "is no text"
+    elif not patterns:
+        wrong = f"names no {what}"
+    elif not value.isprintable():
+        wrong = "has signs that cannot be printed"
+    elif len(patterns) > MOST_PATTERNS:
+        wrong = f"has {len(patterns):,} patterns, of at most {MOST_PATTERNS}"
+    else:
+        return
+    raise PeftError(f"{setting} {value!r:.200} {wrong}: use comma-separated glob patterns {remedy}")
 
 
 def check_budget(budget: object) -> str:
@@ -146,8 +157,8 @@ def check_budget(budget: object) -> str:
     except ValueError:
         allowed = False
     if not allowed:
-        raise PeftError(f"<budget> {budget} is not allowed: use a share of the base's parameters, such as 5%, or a "
-                        "whole number of them")
+        raise PeftError(f"<budget> {budget!s:.200} is not allowed: use a share of the base's parameters, such as 5%, "
+                        "or a whole number of them")
     return text
 
 
@@ -159,8 +170,8 @@ def check_ranks(pattern: object) -> tuple[tuple[str, int], ...]:
         ranks = {pattern: 0}
     for name, rank in ranks.items():
         if not isinstance(name, str):
-            raise PeftError(f"rank_pattern {name!r} is no table of ranks: use {{name of a module: rank}}")
-        check_number(f"rank_pattern {name}", rank, Integral, *RANKS)
+            raise PeftError(f"rank_pattern {name!r:.200} is no table of ranks: use {{name of a module: rank}}")
+        check_number(f"rank_pattern {name:.200}", rank, Integral, *RANKS)
     return tuple(sorted((name, int(rank)) for name, rank in ranks.items()))
 
 

@@ -38,6 +38,9 @@ REFUSED = [
     ({"targets": 5}, ["targets 5", *PLACES]),
     ({"targets": ["products.*"]}, ["targets ['products.*']", *PLACES]),
     ({"train_also": ["readouts.*"]}, ["train_also ['readouts.*']", "comma-separated"]),
+    ({"targets": "a\x1b[31m\nb"}, [r"targets 'a\x1b[31m\nb' has signs that cannot be printed", *PLACES]),
+    ({"train_also": "a,\u202eb"}, [r"train_also 'a,\u202eb' has signs that cannot be printed", "leave it out"]),
+    ({"targets": ",".join(map(str, range(201)))}, ["targets '0,1,2", "has 201 patterns, of at most 200"]),
     ({"train_also": " , "}, ["train_also ' , '", "leave it out"]),
     ({"rank": "auto", "method": "scales"}, ["rank auto", "scales, which has no rank", "leave it out"]),
     ({"rank": 4, "method": "scales"}, ["rank 4", "scales, which has no rank", "leave it out"]),
@@ -65,6 +68,18 @@ def test_a_value_outside_the_rules_is_refused(settings, named):
     assert "\n" not in message
     for part in named:
         assert part in message, message
+
+
+@pytest.mark.parametrize("settings", [
+    {"rank": 4, "rank_pattern": {"x" * 150 + str(number): 1 for number in range(3000)}},
+    {"method": "scales", "rank_pattern": {"x" * 10**5: 1}},
+    {"rank": "auto", "rank_pattern": {"x" * 10**5: 0}}, {"rank": "auto", "budget": "x" * 10**5},
+    {"targets": "," * 10**5},
+], ids=["no effect on a rank", "no effect on a method", "a name", "a budget", "commas"])
+def test_what_is_long_is_cut(settings):
+    with pytest.raises(PeftError) as error:
+        PeftConfig(**{"method": "small", **settings})
+    assert len(str(error.value)) < 500
 
 
 def test_on_the_command_line_settings_are_options():

@@ -17,7 +17,7 @@ from mace_peft.blocks.e3nn import GatedLinear, GatedMessages
 from mace_peft.methods import METHODS, LowRank, ScaledLowRank, Scales
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.summary import summary
-from mace_peft.model.targets import find_targets, unit
+from mace_peft.model.targets import find_targets, outermost, unit
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,15 @@ def test_what_a_method_does_not_adapt_is_no_target(model, method, targets):
 def test_a_pattern_names_an_adaptable_module_itself_and_not_what_is_inside(model):
     assert targets_of(model, "mmea", "products.0") == ["products.0"]
     assert targets_of(model, "mmea", "products.0, products.0.linear") == ["products.0", "products.0.linear"]
+
+
+def test_many_patterns_look_into_a_module_once(model, monkeypatch):
+    looked = []
+    monkeypatch.setattr("mace_peft.model.targets.outermost", lambda *given: looked.append(given) or outermost(*given))
+    found = targets_of(model, "mmea", "*")
+    once = len(looked)
+    assert targets_of(model, "mmea", ",".join(f"[!{chr(0x4e00 + number)}]*" for number in range(200))) == found
+    assert len(looked) == 2 * once
 
 
 @pytest.mark.parametrize("targets, close", [

@@ -1,5 +1,6 @@
 """Which modules of a model get an adapter and which one, and which base parameters train along."""
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -65,10 +66,15 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     operations = {name: operation_of(module, backbone.operations) for name, module in model.named_modules() if name}
     adaptable = {name: Target(operation, config.row.adapters[operation.role]) for name, operation in operations.items()
                  if operation and operation.role in config.row.adapters}
+
+    @functools.cache  # many patterns may match a name
+    def inside(name: str) -> set[str]:
+        return set(outermost(name, model.get_submodule(name), adaptable))
+
     if config.targets in backbone.placements:
         roles = backbone.placements[config.targets]
         wanted = [name for name, operation in operations.items() if operation and operation.role in roles]
-        found = adaptable_inside(model, adaptable, wanted)
+        found = set().union(*map(inside, wanted))
         found_roles = {adaptable[name].operation.role for name in found}
         if not found_roles - {"energies"}:
             needed = sorted({cls.__name__ for cls, operation in backbone.operations.items()
@@ -81,7 +87,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     else:
         found = set()
         for pattern in split_patterns(config.targets):
-            matched = adaptable_inside(model, adaptable, [name for name in operations if fnmatchcase(name, pattern)])
+            matched = set().union(*(inside(name) for name in operations if fnmatchcase(name, pattern)))
             if not matched:
                 raise PeftError(no_match(model, pattern, config, backbone, list(adaptable)))
             found |= matched
@@ -116,12 +122,8 @@ def gate_where_received(model: nn.Module, targets: dict[str, Target], backbone: 
     return targets
 
 
-def adaptable_inside(model: nn.Module, adaptable: dict[str, Target], wanted: list[str]) -> set[str]:
-    """Names of the adaptable modules with weights that are wanted, or outermost inside a wanted module."""
-    return {found for name in wanted for found in outermost(name, model.get_submodule(name), adaptable)}
-
-
 def outermost(name: str, module: nn.Module, adaptable: dict[str, Target]) -> Iterator[str]:
+    """The module's name, if it is adaptable and has weights, or those of the outermost such modules inside it."""
     target = adaptable.get(name)
     weights_elsewhere = target is not None and (  # those of messages come from the radial MLP; E0s are a buffer
         target.operation.role == "energies" or getattr(module, "weight_numel", 0) > 0)
