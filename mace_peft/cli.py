@@ -2,15 +2,18 @@
 
 import argparse
 import importlib
+import os
 import sys
 
-from mace_peft.errors import PeftError, one_line
+from mace_peft.errors import PeftError, one_line, printable
 
 FORMATS = ("model", "torchscript", "lammps", "lammps-mliap")
 
 
 def main() -> None:
     """Run the command. What cannot be done ends it with one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # what it cannot show, such as a name in another script, is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = vars(build_parser().parse_args())
     module, name = args.pop("runs")
     try:  # imported now: --help and errors in the options come at once
@@ -19,7 +22,12 @@ def main() -> None:
         error = error if isinstance(error, PeftError) else PeftError(one_line(error))
         print(f"mace_peft: error: {error.on_command_line()}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(result if isinstance(result, str) else "\n".join(f"Wrote {path}" for path in result))
+    try:
+        print(result if isinstance(result, str) else "\n".join(f"Wrote {printable(str(path))}" for path in result))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(1) from None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from mace_peft.adapter.directory import read_sizes
 from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.e3nn import compile as compile_to_torchscript
-from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line
+from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold
@@ -137,7 +137,7 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
                             f"{type(model).__name__} ({one_line(error)}): use model or lammps-mliap") from error
         write_complete(path, content.getbuffer(), remedy=REMEDY)
         progress.update(2)
-    return f"Wrote {out} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"
+    return f"Wrote {printable(out)} ({format}, {path.stat().st_size / 1e6:.1f} MB), which needs {needs} to load"
 
 
 def is_part_of(path: Path, adapter: Path) -> bool:

@@ -58,6 +58,15 @@ def test_a_structure_that_is_no_numbers_is_named(folder, spoil):
         atoms.get_potential_energy()
 
 
+@pytest.mark.parametrize("number, name", [(92, "U"), (150, "150")])
+def test_an_element_that_was_not_trained_for_is_named(folder, number, name):
+    atoms = STRUCTURES[0].copy()
+    atoms.calc = calculator(tiny_mace(), folder / "mine")
+    atoms.numbers[0] = number
+    with pytest.raises(PeftError, match=rf"\b{name}\b"):
+        atoms.get_potential_energy()
+
+
 # --- updates that are folded ------------------------------------------------------------------------------------------
 
 

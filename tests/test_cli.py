@@ -1,5 +1,8 @@
 """The ``mace_peft`` command says what an adapter is, and stops with one line and exit code 2 at what it cannot do."""
 
+import io
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ from runs import environment
 from tiny import configurations, randomise, tiny_mace
 
 from mace_peft import PeftConfig, cli, inject, merge, save_adapter, trainable_parameters
+from mace_peft.adapter.directory import contents, read_adapter
 from mace_peft.model.adapted import fingerprint
 
 FOUNDATION = "foundation.model"
@@ -111,6 +115,35 @@ def test_plot_writes_a_figure_of_each_kind(command, folder):
     assert command("plot", "scales", "--foundation", FOUNDATION).endswith("scales_gains.png\n")
     for name in ("mmea_gains.png", "elora_updates.png", "scales_gains.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_files_are_printable(command, folder):
+    shutil.copytree(folder / "elora", folder / "mine\x1b[31m\n")
+    said = command("export", FOUNDATION, "elora", "out\x1b[31m\n.model") \
+        + command("plot", "mine\x1b[31m\n", "--foundation", FOUNDATION)
+    assert said.count("\n") == 2 and r"out\x1b[31m\n.model" in said and r"mine\x1b[31m\n_updates.png" in said
+
+
+def test_a_name_that_the_terminal_cannot_show_is_spelled_out(command, folder, monkeypatch):
+    _, description, tensors = read_adapter(folder / "elora")
+    description["foundation"]["name"] = "模型é"
+    (folder / "foreign").mkdir()
+    for name, content in contents(description, tensors).items():
+        (folder / "foreign" / name).write_bytes(content)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    command("info", "foreign")
+    assert rb"\u6a21\u578b\xe9" in sys.stdout.buffer.getvalue()
+
+
+def test_who_reads_may_stop_before_the_end(command, monkeypatch):
+    """As ``head`` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped:
+            command("info", "elora")
+    assert stopped.value.code == 1
 
 
 @pytest.mark.parametrize("arguments, words", [

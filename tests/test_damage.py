@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import sys
+import traceback
 
 import pytest
 import torch
@@ -304,6 +305,16 @@ def test_an_adapter_of_a_model_without_scale_and_shift_loads(tmp_path):
     save_adapter(model, tmp_path)
     loaded = trainable_parameters(load_adapter(eject(model), tmp_path))
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_what_python_prints_of_an_error_holds_no_text_of_the_directory(tmp_path):
+    model = small_mace(heads=("one", "two"))
+    files = storage.contents(json.loads((save_adapter(inject(model, SETTINGS), tmp_path) / CONFIG_FILE).read_text()),
+                             load((tmp_path / TENSOR_FILE).read_bytes()))
+    write(tmp_path, edited(files, into("foundation", head="\x1b]0;owned\x07")))
+    with pytest.raises(PeftError) as error:
+        load_adapter(eject(model), tmp_path)
+    assert "\x1b" not in "".join(traceback.format_exception(error.value))
 
 
 # --- random mutations -------------------------------------------------------------------------------------------------

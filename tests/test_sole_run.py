@@ -92,6 +92,15 @@ def test_runs_without_peft_go_side_by_side_and_one_with_stops(tmp_path):
             pass
 
 
+def test_a_lock_file_that_is_no_text_is_a_lock(tmp_path):
+    with running(tmp_path):
+        for path in lock_files(options(tmp_path)):
+            path.write_bytes(b"\xff\xfe")
+        for check in (lambda args: sole_run(args).__enter__(), refuse_running):
+            with pytest.raises(PeftError, match="a run of the same --name is going on"):
+                check(options(tmp_path))
+
+
 def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
     with running(tmp_path) as process:
         process.kill()

@@ -50,7 +50,7 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
         raise PeftError(f"the adapter in {directory} does not fit: {error.args[0]}") from None
     except Exception as error:  # elements, heads and numbers that do not go together fail in many ways
         raise PeftError(f"the adapter in {directory} does not fit its foundation ({one_line(error)}): save or copy it "
-                        "again") from error
+                        "again") from None  # whose texts may be the directory's
     retire(learnt.values(), foundation)
     return foundation
 

@@ -72,8 +72,9 @@ def load_by_name(name: str, dtype: str) -> nn.Module:
 
 
 def symbols(elements: Iterable[int]) -> str:
-    """The elements (atomic numbers) as a text of chemical symbols."""
-    return " ".join(chemical_symbols[element] for element in sorted(elements))
+    """The elements (atomic numbers) as a text of chemical symbols; numbers that no element has, as numbers."""
+    known = dict(enumerate(chemical_symbols))
+    return " ".join(known.get(element, str(element)) for element in sorted(elements))
 
 
 def first_E0s(model: nn.Module) -> dict[int, float]:

@@ -86,7 +86,8 @@ def locked(path: Path, kind: int) -> Iterator[None]:
 def open_locked(path: Path, kind: int) -> TextIO:
     """The file, opened and locked. What is written in it tells others which process has the lock."""
     while True:
-        file = open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        file = open(path, "r+", errors="replace",
+                    opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         try:
             take_lock(file, path, kind)
             if is_at(file, path):
