@@ -15,6 +15,8 @@ from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, 
 from mace_peft.model.inject import inject, take_adapters_out
 from mace_peft.model.retired import retire
 
+HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
+
 
 def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Make the foundation the trained model, in place: all but its adapters is frozen then. Returns it.
@@ -60,7 +62,7 @@ def become(model: nn.Module, other: nn.Module) -> None:
     if other is not model:
         other.train(model.training)
         model.__class__ = type(other)
-        vars(model).update({name: value for name, value in vars(other).items() if "hook" not in name})
+        vars(model).update({name: value for name, value in vars(other).items() if name not in HOOKS})
 
 
 def keep_parameters(model: nn.Module, learnt: dict[str, nn.Parameter]) -> None:
