@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
-from mace_peft.model.adapted import is_adapted
+from mace_peft.model.adapted import SWITCHED_OFF, is_adapted
 from mace_peft.model.inject import fold
 
 
@@ -35,6 +36,22 @@ class AdaptedCalculator(MACECalculator):
     def __init__(self, *args, adapter: str | os.PathLike, **options):
         super().__init__(*args, **options)
         self.adapter = adapter
+        self.computed_by = self.adapters_now()
+
+    def adapters_now(self) -> list[object]:
+        """What tells, by identity, whether the models predict as before: what each adapter brought, and if it is on."""
+        off = SWITCHED_OFF.get()
+        return [mark for model in self.models
+                for mark in (getattr(model, "peft_originals", None), any(one is model for one in off))]
+
+    def check_state(self, atoms, tol=1e-15):
+        """ASE's: what has changed since the results. They are given up where the adapters have."""
+        if not all(map(operator.is_, self.adapters_now(), self.computed_by)):
+            self.reset()
+        return super().check_state(atoms, tol=tol)
+
+    def get_property(self, name, atoms=None, allow_calculation=True):
+        return super().get_property(name, self.atoms if atoms is None else atoms, allow_calculation)
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         numbers = [] if atoms is None else atoms.numbers.tolist()
@@ -44,6 +61,7 @@ class AdaptedCalculator(MACECalculator):
                             f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
         if atoms is not None and not (is_finite(atoms.positions) and is_finite(atoms.cell.array)):
             raise PeftError(f"{name_of(atoms)} has positions or a cell of NaN or infinity: correct the structure")
+        self.computed_by = self.adapters_now()
         super().calculate(atoms, properties, system_changes)
         odd = [name for name, value in self.results.items() if not is_finite(value)]
         if odd:

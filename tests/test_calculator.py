@@ -1,5 +1,6 @@
 """What the calculator, its model and ``export`` do where something is not as it should be."""
 
+import copy
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ from mace.tools.scripts_utils import extract_config_mace_model
 from test_load import randomise
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, calculator, disable_adapter, inject, load_adapter, save_adapter
+from mace_peft import PeftConfig, PeftError, calculator, disable_adapter, eject, inject, load_adapter, save_adapter
 from mace_peft.deploy import export
 from mace_peft.model.adapted import fingerprint
 
@@ -90,6 +91,48 @@ def test_gates_alone_are_switched_off_in_a_calculator(tmp_path):
         assert all(torch.equal(one, other) for one, other in
                    zip(predict(model, STRUCTURES), predict(tiny_mace(), STRUCTURES), strict=True))
     assert fingerprint(model) == fingerprint(tiny_mace())
+
+
+# --- what ASE keeps ---------------------------------------------------------------------------------------------------
+
+
+def energy_of(model):
+    return predict(model, STRUCTURES)[0][0].item()
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """Two adapters that differ, and atoms with the calculator of the first one."""
+    for seed in (1, 2):
+        save_adapter(randomise(inject(tiny_mace(), PeftConfig("gates", rank=2)), seed), tmp_path / str(seed))
+    atoms = STRUCTURES[0].copy()
+    atoms.calc = calculator(tiny_mace(), tmp_path / "1")
+    return atoms
+
+
+@pytest.mark.parametrize("ask", [lambda atoms: atoms.get_potential_energy(),
+                                 lambda atoms: atoms.calc.get_potential_energy()], ids=["atoms", "calculator"])
+def test_an_energy_is_that_of_the_adapter_that_is_on_now(gated, tmp_path, ask):
+    model, base = gated.calc.models[0], energy_of(tiny_mace())
+    first, second = (energy_of(load_adapter(tiny_mace(), tmp_path / name)) for name in "12")
+    gated.get_potential_energy()
+    with disable_adapter(model):
+        assert ask(gated) == pytest.approx(base, rel=1e-12)
+    assert ask(gated) == pytest.approx(first, rel=1e-12)
+    load_adapter(model, tmp_path / "2")
+    assert ask(gated) == pytest.approx(second, rel=1e-12)
+    assert abs(first - second) > 1e-6 and abs(first - base) > 1e-6
+    eject(model)
+    assert ask(gated) == pytest.approx(base, rel=1e-12)
+
+
+def test_an_energy_that_is_known_is_not_computed_again(gated, monkeypatch):
+    expected = gated.get_potential_energy()
+    with disable_adapter(gated.calc.models[0]):
+        pass
+    for calc in (gated.calc, copy.deepcopy(gated.calc)):
+        monkeypatch.setattr(calc, "calculate", None)
+        assert calc.get_potential_energy(gated) == expected
 
 
 # --- what export would destroy ----------------------------------------------------------------------------------------
