@@ -10,6 +10,7 @@ from mace_peft.errors import OPTIONS, PeftError, check_choice
 from mace_peft.methods import GATES, METHODS, Method
 
 DEFAULT_BUDGET = "5%"
+LONGEST_PATTERNS = 5000  # characters
 LARGEST = sys.float_info.max
 MOST_PATTERNS = 200
 RANKS = (lambda rank: 1 <= rank <= 10**6), "a whole number of at least 1, up to a million"
@@ -134,7 +135,7 @@ def check_number(setting: str, value: object, kind: type, allowed, rule: str) ->
 
 
 def check_patterns(setting: str, value: object, what: str, remedy: str) -> None:
-    """Raise PeftError unless value is a list of glob patterns, printable and not too many."""
+    """Raise PeftError unless value is a list of glob patterns, printable and not too many, as an adapter directory takes them."""
     patterns = split_patterns(value) if isinstance(value, str) else None
     if patterns is None:
         wrong = "is no text"
@@ -142,6 +143,8 @@ def check_patterns(setting: str, value: object, what: str, remedy: str) -> None:
         wrong = f"names no {what}"
     elif not value.isprintable():
         wrong = "has signs that cannot be printed"
+    elif len(value) > LONGEST_PATTERNS:
+        wrong = f"has {len(value)} characters, of at most {LONGEST_PATTERNS}"
     elif len(patterns) > MOST_PATTERNS:
         wrong = f"has {len(patterns):,} patterns, of at most {MOST_PATTERNS}"
     else:

@@ -37,6 +37,8 @@ REFUSED = [
     ({"targets": " , "}, ["targets ' , '", *PLACES]),
     ({"targets": 5}, ["targets 5", *PLACES]),
     ({"targets": ["products.*"]}, ["targets ['products.*']", *PLACES]),
+    ({"targets": "products.*," * 600}, ["targets 'products.*,", "6600 characters, of at most 5000", "a placement"]),
+    ({"train_also": "*" * 5001}, ["train_also '***", "5001 characters, of at most 5000", "leave it out"]),
     ({"train_also": ["readouts.*"]}, ["train_also ['readouts.*']", "comma-separated"]),
     ({"targets": "a\x1b[31m\nb"}, [r"targets 'a\x1b[31m\nb' has signs that cannot be printed", *PLACES]),
     ({"train_also": "a,\u202eb"}, [r"train_also 'a,\u202eb' has signs that cannot be printed", "leave it out"]),
@@ -60,7 +62,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("settings, named", REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize("settings, named", REFUSED,
+                         ids=lambda value: f"{value!s:.100}" if isinstance(value, dict) else "")
 def test_a_value_outside_the_rules_is_refused(settings, named):
     with pytest.raises(PeftError) as error:
         PeftConfig(**{"method": "mmea", **settings})

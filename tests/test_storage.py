@@ -266,6 +266,27 @@ def test_a_model_without_adapters_is_refused(base, tmp_path):
     assert names_in(tmp_path) == set()
 
 
+def spoil_weight(model):
+    with torch.no_grad():
+        next(iter(trainable_parameters(model).values())).view(-1)[-1] = torch.nan
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (spoil_weight, "in the model holds NaN or infinity"),
+    (lambda model: model.atomic_energies_fn.atomic_energies.view(-1)[0].fill_(torch.inf), "no place for the E0s"),
+    (lambda model: setattr(model, "heads", ["h" * 400]), "no place for the heads"),
+    (lambda model: model.peft_foundation.update(name="f" * 400), "no place for the foundation"),
+], ids=["weight", "E0s", "head", "name"])
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, spoil, expected):
+    save_adapter(model, tmp_path / "adapter")
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    spoil(model)
+    with pytest.raises(PeftError, match=expected) as error:
+        save_adapter(model, tmp_path / "adapter")
+    assert len(str(error.value)) < 500
+    assert {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+
+
 # --- the fingerprint --------------------------------------------------------------------------------------------------
 
 

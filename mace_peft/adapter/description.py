@@ -12,6 +12,7 @@ from torch import nn
 import mace_peft
 from mace_peft import e3nn
 from mace_peft.backbones import backbone_of
+from mace_peft.config import LONGEST_PATTERNS
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import origin
 
@@ -27,7 +28,7 @@ class AtMost(NamedTuple):
 
 # What the fields hold, see ``fits``. The limits lie far above what a run writes.
 NAME = AtMost(300, str)
-PATTERNS = AtMost(5000, str)
+PATTERNS = AtMost(LONGEST_PATTERNS, str)
 NUMBERS = AtMost(200, [float])
 SHA256 = AtMost(64, str)
 ELEMENT = range(1, 119)
@@ -43,8 +44,8 @@ FIELDS = {
     "backbone": NAME,
     "model_class": NAME,
     "elements": (AtMost(200, [ELEMENT]), None),
-    "heads": (AtMost(200, [NAME]), None),
-    "E0s": (AtMost(200, [NUMBERS]), None),
+    "heads": (AtMost(50, [NAME]), None),
+    "E0s": (AtMost(50, [NUMBERS]), None),
     "scale": (NUMBERS, None),
     "shift": (NUMBERS, None),
     "dtype": NAME,
@@ -55,12 +56,15 @@ FIELDS = {
 
 
 def describe(model: nn.Module) -> dict:
-    """What adapter_config.json says of an adapted model, but for the checksums."""
+    """What adapter_config.json says of an adapted model, but for the checksums.
+
+    Raises PeftError for what an adapter directory has no place for: long names, and numbers that are not finite.
+    """
     backbone = backbone_of(model)
     held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
             for field, (_, buffer) in backbone.constants(model).items()}
     packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
-    return {
+    said = {
         "format": FORMAT,
         "peft": model.peft_config.to_dict(),
         "foundation": origin(model),
@@ -68,8 +72,17 @@ def describe(model: nn.Module) -> dict:
         **backbone.describe(model),
         **{field: held[field].tolist() if field in held else None for field in ("E0s", "scale", "shift")},
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": {one.__name__.removeprefix("mace_peft."): one.__version__ for one in packages if one},
+        "versions": {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one},
     }
+    for name in improper(said):
+        raise PeftError(f"an adapter directory has no place for the {name} {said[name]!r:.200} of this model, which "
+                        "are too long, too many or no finite numbers: change them in the model")
+    return said
+
+
+def improper(description: dict) -> list[str]:
+    """The fields that hold no proper value."""
+    return [name for name, value in description.items() if not fits(value, FIELDS[name])]
 
 
 def checksum(said: object) -> str:
@@ -96,7 +109,7 @@ def check_description(description: object, path: object) -> dict:
                         "or copy the adapter again")
     if description != sealed(description):
         raise PeftError(f"{path} is not what was saved, for its checksum differs: save or copy the adapter again")
-    odd = [name for name, kind in FIELDS.items() if not fits(description[name], kind)]
+    odd = improper(description)
     if odd:
         raise PeftError(f"{path} holds no proper value of {', '.join(odd)}: save the adapter again")
     return description

@@ -39,8 +39,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     Killed at any moment, or read meanwhile, it is the adapter that was there or the new one: adapter_model.safetensors
     holds all of it and takes the place of the older one in one step, after adapter_config.json, its copy to look at.
 
-    Warns if the base is no longer the one that the adapters were put into. Raises PeftError if the model has no
-    adapters, OSError if the directory cannot be written.
+    Warns if the base is no longer the one that the adapters were put into. Raises PeftError, and writes nothing, if the
+    model has no adapters, and for what ``load_adapter`` would refuse, such as weights of NaN; OSError if the directory
+    cannot be written.
     """
     check_adapted(model)
     if model.peft_foundation is not None and origin(model) is not model.peft_foundation:
@@ -48,7 +49,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
                       "with no other: save them too, or train them by train_also", stacklevel=2)
     directory = Path(directory)
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
-    files = contents(describe(model), trained)
+    files = contents(describe(model), finite(trained, "the model"))
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         make_folder(directory)
@@ -79,7 +80,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[PeftConfig, dict, dict[s
     """
     with opened(directory) as (file, config, description, _):
         file.seek(0)
-        return config, description, finite(load(file.read()), directory)
+        return config, description, finite(load(file.read()), str(directory))
 
 
 def read_sizes(directory: str | os.PathLike) -> tuple[dict, dict[str, int]]:
@@ -143,10 +144,10 @@ def read_description(file: BinaryIO, path: Path) -> tuple[dict, dict]:
     return description, header
 
 
-def finite(tensors: dict[str, torch.Tensor], directory: Path) -> dict[str, torch.Tensor]:
+def finite(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     """The tensors. Raises PeftError for a weight that is no number."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise PeftError(f"{bad[0]!r:.300} in {directory} holds NaN or infinity, for its training diverged: train again "
+        raise PeftError(f"{bad[0]!r:.300} in {where} holds NaN or infinity, for its training diverged: train again "
                         "with a lower --lr")
     return tensors

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mace_peft.adapter.description import describe
 from mace_peft.adapter.load import fill, load_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.config import PeftConfig
@@ -105,9 +106,10 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
 def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module | None) -> list[str]:
     """Inject, and fill the adapters from those of the other model, if any; returns the names of what starts anew.
 
-    Raises PeftError if something of the other model finds no place.
+    Raises PeftError if something of the other model finds no place, or if the result could not be saved.
     """
     inject(model, config, source)
+    describe(model)
     tensors = {} if adapted is None else trainable_parameters(adapted)
     try:
         fill(model, tensors)
