@@ -10,7 +10,18 @@ from mace.tools.scripts_utils import extract_config_mace_model
 from test_load import randomise
 from tiny import configurations, predict, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, calculator, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft import (
+    PeftConfig,
+    PeftError,
+    calculator,
+    disable_adapter,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mace_peft.blocks.adapted import adapted_blocks
 from mace_peft.deploy import export
 from mace_peft.model.adapted import fingerprint
 
@@ -91,6 +102,22 @@ def test_gates_alone_are_switched_off_in_a_calculator(tmp_path):
         assert all(torch.equal(one, other) for one, other in
                    zip(predict(model, STRUCTURES), predict(tiny_mace(), STRUCTURES), strict=True))
     assert fingerprint(model) == fingerprint(tiny_mace())
+
+
+def test_weights_that_are_no_numbers_are_not_folded(folder):
+    model = randomise(inject(tiny_mace(), PeftConfig("scales")))
+    blocks = adapted_blocks(model)
+    with torch.no_grad():
+        list(blocks.values())[-2].adapter.g.fill_(1000.0)  # after others that could be folded
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_adapter(model, folder / "large")
+    with pytest.raises(PeftError, match="makes weights of NaN or infinity, so that it is not folded"):
+        merge(model)
+    assert adapted_blocks(model) == blocks
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(PeftError, match="makes weights of NaN or infinity"):
+        export(str(folder / "foundation.model"), str(folder / "large"), str(folder / "out.model"), "model")
+    assert not (folder / "out.model").exists()
 
 
 # --- what ASE keeps ---------------------------------------------------------------------------------------------------

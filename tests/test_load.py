@@ -9,6 +9,7 @@ from mace.tools.scripts_utils import remove_pt_head
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, merge, save_adapter
+from mace_peft.adapter.directory import contents, read_adapter
 from mace_peft.backbones.foundation import rebuild, single_head
 from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters
 
@@ -273,6 +274,46 @@ def test_weights_that_would_lose_adapters_are_refused_inside_another_module():
 def test_a_file_is_no_foundation(tmp_path):
     with pytest.raises(PeftError, match="'foundation.model' is no model: give one that torch.load has loaded"):
         load_adapter("foundation.model", tmp_path)
+
+
+@pytest.mark.parametrize("spoil, named", [
+    (lambda description, tensors: next(iter(tensors.values())).fill_(1e300), ".*adapter"),
+    (lambda description, tensors: description.update(E0s=[[-1.0, 1e300, -3.0]]), "E0s")], ids=["weight", "E0s"])
+def test_numbers_that_are_too_large_for_the_dtype_of_the_foundation_are_refused(tmp_path, spoil, named):
+    save_adapter(inject(tiny_mace(), PeftConfig("elora", rank=2, targets="products")), tmp_path)
+    _, description, tensors = read_adapter(tmp_path)
+    spoil(description, tensors)
+    for name, content in contents(description, tensors).items():
+        (tmp_path / name).write_bytes(content)
+    foundation = tiny_mace().float()
+    expected = predict(foundation, STRUCTURES)
+    with pytest.raises(PeftError, match=f"does not fit: '{named}.*' holds what is no number in float32: train again"):
+        load_adapter(foundation, tmp_path)
+    assert not is_adapted(foundation) and same(predict(foundation, STRUCTURES), expected)
+    assert is_adapted(load_adapter(tiny_mace(), tmp_path))
+
+
+def test_a_load_that_fails_leaves_gradients_and_shared_memory(tmp_path):
+    config = PeftConfig("mmea", rank=2, targets="products", train_also="readouts.*")
+    save_adapter(randomise(inject(tiny_mace(), config)), tmp_path)
+    _, description, tensors = read_adapter(tmp_path)
+    description |= {"shift": None, "E0s": [[9.0, 9.0, 9.0]]}  # the last of all that is set
+    for name, content in contents(description, tensors).items():
+        (tmp_path / name).write_bytes(content)
+    adapted = randomise(inject(tiny_mace(), config), 3)
+    for model in (tiny_mace(), adapted):
+        model.share_memory()
+        model(batch(model, STRUCTURES), training=True)["energy"].sum().backward()
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        state = {name: (tensor, tensor.data_ptr(), tensor.detach().clone(), tensor.grad)
+                 for name, tensor in held.items()}
+        with pytest.raises(PeftError, match="does not fit"):
+            load_adapter(model, tmp_path)
+        now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert now.keys() == state.keys()
+        for name, (tensor, place, value, gradient) in state.items():
+            assert now[name] is tensor and tensor.data_ptr() == place and tensor.is_shared(), name
+            assert torch.equal(tensor, value) and tensor.grad is gradient, name
 
 
 def test_other_weights_are_refused_and_left_alone(tmp_path):

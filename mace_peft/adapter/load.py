@@ -78,11 +78,11 @@ def keep_parameters(model: nn.Module, learnt: dict[str, nn.Parameter]) -> None:
 
 @contextlib.contextmanager
 def left_alone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give the model its modules, classes and tensors back if the block fails."""
+    """Give the model its modules, classes, tensors and gradients back if the block fails."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     held = [(module, type(module), {**vars(module), "_modules": dict(module._modules)}) for module in modules]
-    values = [(tensor, tensor.detach().clone(), tensor.requires_grad)
-              for tensor in (*model.parameters(), *model.buffers())]
+    tensors = [(tensor, tensor.data, tensor.detach().clone(), tensor.grad, tensor.requires_grad)
+               for tensor in (*model.parameters(), *model.buffers())]
     try:
         yield
     except BaseException:
@@ -90,17 +90,20 @@ def left_alone_on_error(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
             vars(module).clear()
             vars(module).update(attributes)
-        for tensor, value, learns in values:
-            tensor.data = value
+        for tensor, data, value, gradient, learns in tensors:
+            if not torch.equal(data, value):
+                data.copy_(value)
+            tensor.data = data  # other processes may share its memory
             tensor.requires_grad_(learns)
+            tensor.grad = gradient
         raise
 
 
 def fill(model: nn.Module, tensors: dict[str, torch.Tensor], complete: bool = False) -> None:
     """Give the adapted model these trained tensors by name.
 
-    Raises PeftError, and changes nothing, for a tensor that finds no place or one of another shape, and with
-    ``complete`` for a place that finds no tensor.
+    Raises PeftError, and changes nothing, for a tensor that finds no place or one of another shape, for numbers that
+    are not finite in the dtype of the model, and with ``complete`` for a place that finds no tensor.
     """
     trainable = trainable_parameters(model)
     odd = [name for name, tensor in tensors.items() if name not in trainable or trainable[name].shape != tensor.shape]
@@ -110,9 +113,19 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], complete: bool = Fa
         named = ", ".join(f"{name!r:.200}" for name in odd[:3])
         raise PeftError(f"{named}{more} are missing, unknown or of another shape: use the adapter with the settings, "
                         "elements and heads it was trained for")
+    values = {name: tensor.to(trainable[name]) for name, tensor in tensors.items()}
+    check_finite(values)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            trainable[name].copy_(tensor)
+        for name, value in values.items():
+            trainable[name].copy_(value)
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise PeftError for a tensor of NaN or infinity, which numbers become that are too large for a dtype."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PeftError(f"{name!r:.200} holds what is no number in {str(tensor.dtype).removeprefix('torch.')}: "
+                            "train again with a lower --lr, or use the dtype of the training")
 
 
 def base_for(foundation: nn.Module, description: dict) -> nn.Module:
@@ -139,10 +152,14 @@ def base_for(foundation: nn.Module, description: dict) -> nn.Module:
 
 
 def set_energies(model: nn.Module, values: dict) -> None:
-    """Give the adapted model these E0s, scale and shift, while it has its adapters; all or, on an error, none."""
+    """Give the adapted model these E0s, scale and shift, while it has its adapters; all or, on an error, none.
+
+    Raises PeftError for numbers that are not finite in the dtype of the model.
+    """
     constants = backbone_of(model).constants(model)
-    tensors = {field: torch.as_tensor(values[field], dtype=torch.float64).reshape(buffer.shape)
+    tensors = {field: torch.as_tensor(values[field], dtype=torch.float64).reshape(buffer.shape).to(buffer)
                for field, (_, buffer) in constants.items()}
+    check_finite(tensors)
     for field, (name, buffer) in constants.items():
         model.peft_originals[name] = buffer.clone()
         buffer.copy_(tensors[field])

@@ -138,7 +138,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold low-rank updates and scales into the weights: a plain model of the same predictions. Returns it.
 
     An optimizer or a moving average that holds parameters of the adapters raises PeftError when it uses them next.
-    Raises PeftError if there is no adapter, or if one is a gate that atoms drive.
+    Raises PeftError if there is no adapter, if one is a gate that atoms drive, and for weights of NaN or infinity.
     """
     check_adapted(model)
     gates = [name for name, block in adapted_blocks(model).items() if not isinstance(block, Updated)]
@@ -148,14 +148,20 @@ def merge(model: nn.Module) -> nn.Module:
     return fold(model)
 
 
+@torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """Fold what can be folded, low-rank updates and scales, and leave the gates. Returns the model.
 
-    Gates that stay have a new base then, and the model's settings name them.
+    Gates that stay have a new base then, and the model's settings name them. Raises PeftError, and changes nothing, for
+    weights that are not finite.
     """
     learnt = trainable_parameters(model)
-    updated = [block for block in adapted_blocks(model).values() if isinstance(block, Updated)]
-    for block in updated:
+    updated = {name: block for name, block in adapted_blocks(model).items() if isinstance(block, Updated)}
+    for name, block in updated.items():
+        if not all(torch.isfinite(weight).all() for weight in block.adapted_weights().values()):
+            raise PeftError(f"the adapter of {name} makes weights of NaN or infinity, so that it is not folded into "
+                            "them: train again with a lower --lr")
+    for block in updated.values():
         block.fold()
         take_out(block)
     retire(learnt.values(), model)
