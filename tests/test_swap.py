@@ -187,8 +187,9 @@ def test_settings_that_no_model_has_any_more_leave_nothing():
 
 
 def test_narrowing_again_makes_no_new_model(tmp_path):
-    """Each model that is made costs memory for good, see ``new_model``."""
-    expected = [predict(save_narrowed(tmp_path / str(seed), (1, 8), seed), WATER) for seed in (1, 2)]
+    """Each model that is made costs memory for good, see ``new_model``. Elements alternate."""
+    kinds = {1: (1, 8), 2: (1, 6, 8)}
+    expected = [predict(save_narrowed(tmp_path / str(seed), kinds[seed], seed), WATER) for seed in kinds]
     made = []
 
     class Counted(type(tiny_mace())):
@@ -196,13 +197,23 @@ def test_narrowing_again_makes_no_new_model(tmp_path):
             super().__init__(**options)
             made.append(self)
 
-    for seed in (1, 2, 1):
+    for seed in (1, 2, 1, 2):
         foundation = tiny_mace(elements=ELEMENTS)
         foundation.__class__ = Counted
         Counted.__name__ = "ScaleShiftMACE"
         load_adapter(foundation, tmp_path / str(seed))
         assert same(predict(foundation, WATER), expected[seed - 1])
-    assert len(made) == 1
+    assert len(made) == 2
+
+
+def test_of_the_models_that_were_made_a_few_are_kept(monkeypatch):
+    made = {}
+    monkeypatch.setattr("mace_peft.backbones.foundation.MADE", made)
+    monkeypatch.setattr("mace_peft.backbones.foundation.MOST_MADE", 2)
+    model = tiny_mace(channels=1, max_ell=1, correlation=1, interactions=1, elements=ELEMENTS)
+    for heads in (1, 2, 1, 3):
+        rebuild(model, [1], [str(number) for number in range(heads)], [[-1.0]] * heads)
+    assert [len(one.heads) for one in made.values()] == [1, 3]
 
 
 def test_swaps_and_loads_leave_nothing(folder):

@@ -2,12 +2,14 @@
 
 import copy
 import threading
+import time
 
 import pytest
 import torch
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft.backbones.foundation import default_dtype_of
 from mace_peft.methods import METHODS
 from mace_peft.model.adapted import fingerprint, is_adapted
 
@@ -143,3 +145,18 @@ def test_a_model_that_is_off_is_not_changed(change):
     model = adapted("elora")
     with disable_adapter(model), pytest.raises(PeftError, match="switched off: leave disable_adapter first"):
         change(model)
+
+
+def test_one_thread_at_a_time_has_its_own_default_dtype():
+    """MACE builds models in torch's, which is that of all threads."""
+    models, before = [tiny_mace(**SMALL), tiny_mace(torch.float32, **SMALL)] * (THREADS // 2), torch.get_default_dtype()
+
+    def work():
+        model = models.pop()
+        for _ in range(50):
+            with default_dtype_of(model):
+                time.sleep(1e-6)  # to let others run
+                assert torch.get_default_dtype() == next(model.parameters()).dtype
+
+    in_threads(work)
+    assert torch.get_default_dtype() == before

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import nn
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
 
-LAST_MADE: dict[tuple, nn.Module] = {}  # one, see ``new_model``
+MADE: dict[tuple, nn.Module] = {}  # the last ones, see ``new_model``
+MOST_MADE = 8
+BUILDING = threading.RLock()  # torch's default dtype and ``MADE`` are those of all threads
 
 
 def load_foundation(name: str, dtype: str = "") -> nn.Module:
@@ -107,18 +110,19 @@ def rebuild(
 
 
 def new_model(cls: type[nn.Module], config: dict) -> nn.Module:
-    """``cls(**config)``, but the model of the last call is copied where only E0s differ. Its weights may be any.
+    """``cls(**config)``, but a model of one of the last calls is copied where only E0s differ. Its weights may be any.
 
     Each model that is made costs memory until the process ends: TorchScript keeps what it has once compiled.
     """
     shape = {name: value for name, value in config.items() if name != "atomic_energies"}
     key = cls, torch.get_default_dtype(), repr(sorted(shape.items()))
-    if key not in LAST_MADE:
+    made = MADE.pop(key, None)
+    if made is None:
         with torch.random.fork_rng(devices=()):  # or what is drawn next would depend on what was loaded before
             made = cls(**config)
-        LAST_MADE.clear()
-        LAST_MADE[key] = made
-    made = LAST_MADE[key]
+    MADE[key] = made  # at the end: the first one was used longest ago
+    if len(MADE) > MOST_MADE:
+        del MADE[next(iter(MADE))]
     code = [module for module in made.modules() if isinstance(module, torch.fx.GraphModule) and not module.state_dict()]
     model = copy.deepcopy(made, {id(module): module for module in code})  # which has no state, and costs memory, too
     energies = model.atomic_energies_fn.atomic_energies
@@ -176,10 +180,11 @@ def single_head(foundation: nn.Module, head: str | None) -> nn.Module:
 
 @contextlib.contextmanager
 def default_dtype_of(model: nn.Module) -> Iterator[None]:
-    """MACE builds models and batches in torch's default dtype: make it the model's for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(next(model.parameters()).dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """MACE builds models and batches in torch's default dtype: make it the model's, for one thread at a time."""
+    with BUILDING:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(next(model.parameters()).dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
