@@ -202,6 +202,10 @@ EDITS = {
     "another foundation": (into("foundation", name="a\nb", fingerprint="c\nd"), "foundation ('a\\nb') whose weights"),
     "a foundation without fingerprint": (lambda d: d["foundation"].pop("fingerprint"), "no proper value of foundation"),
     "no backbone": (lambda d: d.update(backbone=None), "no proper value of backbone"),
+    "another backbone": (lambda d: d.update(backbone="e3nn"), "backbone 'e3nn', and the foundation has 'mace'"),
+    "another class": (lambda d: d.update(model_class="MACE"), "'MACE', and the foundation has 'ScaleShiftMACE'"),
+    "a dtype that no model has": (lambda d: d.update(dtype="int8"), "no proper value of dtype"),
+    "more heads than a model has": (lambda d: d.update(heads=[str(n) for n in range(51)]), "no proper value of heads"),
     "an element that the foundation lacks": (lambda d: d.update(elements=[1, 6, 7]), "the foundation does not know"),
     "no elements": (lambda d: d.update(elements=[]), "no proper value of elements"),
     "elements in text": (lambda d: d.update(elements="HCO"), "no proper value of elements"),
@@ -227,6 +231,13 @@ def test_a_weight_that_is_no_number(foundation, saved, tmp_path, value):
         tensors[name].view(-1)[-1] = value
         message = refusal(foundation, write(tmp_path, sealed(saved, tensors=tensors)))
         assert f"{name!r} in {tmp_path} holds NaN or infinity" in message and "--lr" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_tensors_of_a_kind_that_no_weights_are(foundation, saved, tmp_path, dtype):
+    tensors = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in load(saved[TENSOR_FILE]).items()}
+    message = refusal(foundation, write(tmp_path, sealed(saved, tensors=tensors)))
+    assert f"is of {dtype}, as no weights are: save or copy" in message
 
 
 def test_tensors_with_their_checksum_that_do_not_fit(foundation, saved, tmp_path):

@@ -271,6 +271,15 @@ def test_weights_that_would_lose_adapters_are_refused_inside_another_module():
         torch.nn.Sequential(model).load_state_dict(state, strict=False)
 
 
+def test_a_model_that_holds_an_adapted_one_takes_no_adapters(tmp_path):
+    model = randomise(inject(tiny_mace(), PeftConfig("elora", rank=2, targets="products")))
+    expected, outer = predict(model, STRUCTURES), torch.nn.Sequential(model)
+    with pytest.raises(PeftError, match=r"^0\.products\..* has an adapter already, .* inside of this one: eject that"):
+        inject(outer, PeftConfig("elora", rank=1))
+    assert is_adapted(model) and same(predict(model, STRUCTURES), expected)
+    inject(torch.nn.Sequential(eject(model)), PeftConfig("elora", rank=1))
+
+
 def test_a_file_is_no_foundation(tmp_path):
     with pytest.raises(PeftError, match="'foundation.model' is no model: give one that torch.load has loaded"):
         load_adapter("foundation.model", tmp_path)

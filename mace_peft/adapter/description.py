@@ -30,6 +30,7 @@ class AtMost(NamedTuple):
 NAME = AtMost(300, str)
 PATTERNS = AtMost(LONGEST_PATTERNS, str)
 NUMBERS = AtMost(200, [float])
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 SHA256 = AtMost(64, str)
 ELEMENT = range(1, 119)
 RANK = range(1, 10**6 + 1)
@@ -48,7 +49,7 @@ FIELDS = {
     "E0s": (AtMost(50, [NUMBERS]), None),
     "scale": (NUMBERS, None),
     "shift": (NUMBERS, None),
-    "dtype": NAME,
+    "dtype": DTYPES,
     "versions": AtMost(20, {NAME: NAME}),
     "tensors": SHA256,
     "sha256": SHA256,

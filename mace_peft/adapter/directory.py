@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from mace_peft.adapter.description import NAME, TENSORS, check_description, describe, fits, sealed
+from mace_peft.adapter.description import DTYPES, NAME, TENSORS, check_description, describe, fits, sealed
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import complete_file, make_folder, open_regular
@@ -145,7 +145,11 @@ def read_description(file: BinaryIO, path: Path) -> tuple[dict, dict]:
 
 
 def finite(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """The tensors. Raises PeftError for a weight that is no number."""
+    """The tensors. Raises PeftError for one of another kind than weights are, and for a weight that is no number."""
+    for name, tensor in tensors.items():
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise PeftError(f"{name!r:.300} in {where} is of {tensor.dtype}, as no weights are: save or "
+                            "copy the adapter again")
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise PeftError(f"{bad[0]!r:.300} in {where} holds NaN or infinity, for its training diverged: train again "

@@ -30,7 +30,7 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     Raises PeftError, and leaves the model as it was, if the directory holds no complete adapter, or one that was
     trained from another foundation, and if the foundation is no model.
     """
-    backbone_of(foundation)
+    backbone = backbone_of(foundation)
     check_switched_on(foundation)
     config, description, tensors = read_adapter(directory)
     source = description["foundation"]
@@ -39,6 +39,11 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
         raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
                         "one given, or what else its predictions depend on, such as E0s, cutoff or elements "
                         f"(fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
+    known = {"backbone": backbone.name, "model_class": backbone.describe(foundation)["model_class"]}
+    for field, value in known.items():
+        if description[field] != value:
+            raise PeftError(f"{directory} was trained with the {field} {description[field]!r:.200}, and the foundation "
+                            f"has {value!r}: give that of the training, or save the adapter again")
     learnt = trainable_parameters(foundation) if is_adapted(foundation) else {}
     try:
         with left_alone_on_error(foundation):

@@ -71,8 +71,8 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
 def check(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     """The targets of the settings in this model (``find_targets``); changes nothing.
 
-    Raises PeftError if no backbone knows the model, if it has adapters already, if a placement or pattern finds
-    nothing, if a rank is above the largest that is of use, or if no target is scaled by alpha.
+    Raises PeftError if no backbone knows the model, if it or a part of it has adapters already, if a placement or
+    pattern finds nothing, if a rank is above the largest that is of use, or if no target is scaled by alpha.
     """
     backbone = backbone_of(model)
     if not isinstance(config, PeftConfig):
@@ -80,6 +80,8 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
     check_switched_on(model)
     if is_adapted(model):
         raise PeftError(f"the model has {model.peft_config.method} adapters already: eject them first")
+    for name in adapted_blocks(model):
+        raise PeftError(f"{name} has an adapter already, of an adapted model inside of this one: eject that first")
     backbone.check_new(model)
     targets = find_targets(model, config)
     find_parameters(model, config.train_also)
