@@ -135,7 +135,7 @@ def check_number(setting: str, value: object, kind: type, allowed, rule: str) ->
 
 
 def check_patterns(setting: str, value: object, what: str, remedy: str) -> None:
-    """Raise PeftError unless value is a list of patterns as an adapter directory takes it: printable, and not too long."""
+    """Raise PeftError unless value is a list of patterns as an adapter directory takes it, printable and not long."""
     patterns = split_patterns(value) if isinstance(value, str) else None
     if patterns is None:
         wrong = "is no text"
