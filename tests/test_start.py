@@ -9,7 +9,7 @@ from tiny import configurations, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.model.adapted import is_adapted
-from mace_peft.train.start import check_heads, settings_from
+from mace_peft.train.start import check_heads, go_on, settings_from
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -209,6 +209,11 @@ def test_other_settings_are_refused(refusal, trained, options, words):
 def test_an_alpha_that_follows_the_ranks_is_to_be_left_out():
     with pytest.raises(PeftError, match="16.0 differs from the None of the adapter in mine: leave it out"):
         settings_from(PeftConfig("elora", rank="auto"), {"alpha": 16.0}, "mine")
+
+
+def test_a_model_whose_adapter_could_not_be_saved_is_refused_before_its_training():
+    with pytest.raises(PeftError, match="no place for the heads"):
+        go_on(tiny_mace(heads=("h" * 400,)), PeftConfig("elora", rank=1), {"name": None, "fingerprint": "abc"}, None)
 
 
 def test_an_adapter_that_fits_nothing_is_refused(refusal, trained, tmp_path):
