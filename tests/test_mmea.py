@@ -15,7 +15,7 @@ from tiny import batch, configurations, irreps_lists, randomise, tiny_mace
 from mace_peft import PeftConfig, inject
 from mace_peft.blocks.e3nn import GatedLinear, GatedTensorProduct
 from mace_peft.blocks.mace import GatedProduct
-from mace_peft.methods import MMEA
+from mace_peft.methods import GATES, MMEA
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = (torch.float32, torch.float64)
@@ -43,7 +43,11 @@ def features(irreps, rows=3, dtype=torch.float64, seed=0):
 
 def oracle(mmea, irreps_in, irreps_out, gate, x, h):
     """h' in float64, from one number to the next."""
-    W1, b1, W2, b2, W0, b0 = (p.tolist() for p in (mmea.W1, mmea.b1, mmea.W2, mmea.b2, mmea.W0, mmea.b0))
+    W1, b1, W2, b2, W0 = (p.tolist() for p in (mmea.W1, mmea.b1, mmea.W2, mmea.b2, mmea.W0))
+    if gate == "bounded":
+        b0 = [-sum(b / (1 + math.exp(-b)) * row[k] for b, row in zip(b1, W0, strict=True)) for k in range(len(W0[0]))]
+    else:
+        b0 = mmea.b0.tolist()
     result = []
     for x_row, h_row in zip(x.tolist(), h.tolist(), strict=True):
         s, column = [], 0
@@ -66,7 +70,7 @@ def oracle(mmea, irreps_in, irreps_out, gate, x, h):
                     shifted += 1
                 else:
                     gamma = b2[scaled] + sum(z[k] * W2[k][scaled] for k in range(len(z)))
-                    gain = math.exp(gamma) if gate == "exp" else 1 + gamma
+                    gain = {"exp": math.exp(gamma), "bounded": math.exp(math.tanh(gamma)), "residual": 1 + gamma}[gate]
                     out.extend(gain * h_row[column + m] for m in range(2 * ir.l + 1))
                     scaled += 1
                 column += 2 * ir.l + 1
@@ -85,17 +89,27 @@ def assert_follows_the_equations(irreps_in, irreps_out, rank, gate, dtype, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", ["exp", "residual"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("irreps_in, irreps_out", EDGES)
 def test_follows_the_equations_on_edge_cases(irreps_in, irreps_out, gate, dtype):
     assert_follows_the_equations(irreps_in, irreps_out, 2, gate, dtype, seed=1)
 
 
 @cases
-@given(irreps_lists(), irreps_lists(), st.integers(1, 4), st.sampled_from(["exp", "residual"]),
+@given(irreps_lists(), irreps_lists(), st.integers(1, 4), st.sampled_from(GATES),
        st.sampled_from(DTYPES), SEEDS)
 def test_follows_the_equations_on_any_irreps(irreps_in, irreps_out, rank, gate, dtype, seed):
     assert_follows_the_equations(irreps_in, irreps_out, rank, gate, dtype, seed)
+
+
+@cases
+@given(irreps_lists(), irreps_lists(), st.sampled_from(DTYPES), SEEDS)
+def test_bounded_gains_keep_their_bounds_and_scalars_of_zero_shift_nothing(irreps_in, irreps_out, dtype, seed):
+    mmea = adapter(irreps_in, irreps_out, gate="bounded", dtype=dtype, seed=seed)
+    gains, _ = mmea.coefficients(1e6 * features(irreps_in, dtype=dtype, seed=seed))
+    assert ((gains > math.exp(-1.001)) & (gains < math.exp(1.001))).all()
+    _, shifts = mmea.coefficients(torch.zeros(2, o3.Irreps(irreps_in).dim, dtype=dtype))
+    assert not shifts.any()
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
@@ -109,7 +123,7 @@ def test_takes_any_leading_dimensions(shape):
         torch.testing.assert_close(out.reshape(-1, 5), torch.stack(rows), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", ["exp", "residual"])
+@pytest.mark.parametrize("gate", GATES)
 @cases
 @given(irreps_lists(), irreps_lists(), st.sampled_from(DTYPES), SEEDS)
 def test_a_new_adapter_is_the_identity_to_the_last_bit(gate, irreps_in, irreps_out, dtype, seed):
@@ -124,6 +138,7 @@ def test_a_new_adapter_starts_as_published():
     assert mmea.W0.shape == (60, 70) and mmea.W2.shape == (60, 30) and mmea.W1.shape == (50, 60)
     assert mmea.W0.std().item() == pytest.approx(0.02, rel=0.05)
     assert mmea.W0.mean().item() == pytest.approx(0, abs=0.002)
+    assert MMEA("50x0e", "70x0e", 60, "bounded").b0 is None
     for name in ("b1", "W2", "b2", "b0"):
         assert not getattr(mmea, name).any(), name
     bound = 50**-0.5  # that of nn.Linear
@@ -136,7 +151,7 @@ def test_the_shift_starts_at_zero_by_default():
 
 
 @cases
-@given(irreps_lists(), irreps_lists(), st.sampled_from(["exp", "residual"]), SEEDS)
+@given(irreps_lists(), irreps_lists(), st.sampled_from(GATES), SEEDS)
 def test_commutes_with_rotations_and_inversion(irreps_in, irreps_out, gate, seed):
     mmea = adapter(irreps_in, irreps_out, gate=gate, seed=seed)
     x, h = features(irreps_in, seed=seed), features(irreps_out, seed=seed + 1)
@@ -163,7 +178,7 @@ def test_reads_nothing_but_the_scalars_of_x(irreps_in, irreps_out, seed):
 
 
 @cases
-@given(irreps_lists(), irreps_lists(), st.sampled_from(["exp", "residual"]), SEEDS)
+@given(irreps_lists(), irreps_lists(), st.sampled_from(GATES), SEEDS)
 def test_the_other_layout_is_the_same_features_in_another_order(irreps_in, irreps_out, gate, seed):
     mmea, x, h = adapter(irreps_in, irreps_out, gate=gate, seed=seed), features(irreps_in), features(irreps_out)
     expected = ir_mul(mmea(x, h), irreps_out)
@@ -190,14 +205,14 @@ def test_reads_every_scalar_of_x():
 
 
 @cases
-@given(irreps_lists(), irreps_lists(), st.sampled_from(["exp", "residual"]), SEEDS)
+@given(irreps_lists(), irreps_lists(), st.sampled_from(GATES), SEEDS)
 def test_gradients_reach_every_weight(irreps_in, irreps_out, gate, seed):
     mmea = adapter(irreps_in, irreps_out, gate=gate, seed=seed)
     x, h = features(irreps_in, seed=seed), features(irreps_out, seed=seed + 1)
     (mmea(x, h) * features(irreps_out, seed=seed + 2)).sum().backward()
     for name, parameter in mmea.named_parameters():
         assert parameter.grad is not None, name
-        if parameter.numel():
+        if parameter.numel() and (gate != "bounded" or o3.Irreps(irreps_in).count("0e")):  # or nothing is shifted
             assert parameter.grad.any(), name
 
 
@@ -214,7 +229,7 @@ def test_gradients_flow_from_the_first_step_on():
         optimizer.step()
 
 
-@pytest.mark.parametrize("gate", ["exp", "residual"])
+@pytest.mark.parametrize("gate", GATES)
 def test_compiles_to_torchscript(gate):
     mmea = adapter("2x0e+1x1o+1x0e", "1x1o+2x0e+1x0o", gate=gate)
     x, h = features("2x0e+1x1o+1x0e"), features("1x1o+2x0e+1x0o")

@@ -9,7 +9,8 @@ from mace_peft.errors import check_choice
 from mace_peft.methods.adapter import Adapter
 
 SCALAR = o3.Irrep("0e")
-GATES = ("exp", "residual")
+GATES = ("exp", "bounded", "residual")
+BOUND = 1.0  # of the logarithm of a bounded gain
 
 
 class MMEA(Adapter):
@@ -19,8 +20,12 @@ class MMEA(Adapter):
         h'   = phi(z W2 + b2) * h     one gain per channel of every irrep that is not 0e, shared by its 2l+1 components
         h'_0 = h_0 + z W0 + b0        0e channels are shifted
 
-    phi is exp (``gate="exp"``) or 1 + x (``gate="residual"``). A 0o channel is multiplied: a shift would break parity.
-    All weights start at zero, but W1 (uniform, as in nn.Linear) and W0 (N(0, init_std)): with init_std = 0, h' = h.
+    phi is exp (``gate="exp"``, as published) or 1 + x (``residual``). A gain of ``bounded`` lies between exp(-c) and
+    exp(c) wherever an atom is, with phi(x) = exp(c tanh(x / c)) and c = BOUND; it has no b0 but -SiLU(b1) W0, so that
+    nothing is shifted where all scalars vanish, as those of an atom without neighbours do.
+
+    A 0o channel is multiplied: a shift would break parity. All weights start at zero, but W1 (uniform, as in nn.Linear)
+    and W0 (N(0, init_std)): with init_std = 0, h' = h.
 
     forward(x, h): x (..., irreps_in.dim) and h (..., irreps_out.dim), both in mul_ir layout, to (..., irreps_out.dim).
     ``set_layout("ir_mul")`` makes it take and give the features that cuEquivariance's layers hold. Raises PeftError for
@@ -38,13 +43,14 @@ class MMEA(Adapter):
         scalars, shifts = irreps_in.count("0e"), irreps_out.count("0e")
         gains = irreps_out.num_irreps - shifts
         self.irreps_out = str(irreps_out)
-        self.exponential = gate == "exp"
+        self.bound = BOUND  # where TorchScript finds it
+        self.gate = gate
         self.W1 = nn.Parameter(torch.empty(scalars, rank).uniform_(-1, 1) / max(scalars, 1) ** 0.5)
         self.b1 = nn.Parameter(torch.zeros(rank))
         self.W2 = nn.Parameter(torch.zeros(rank, gains))
         self.b2 = nn.Parameter(torch.zeros(gains))
         self.W0 = nn.Parameter(init_std * torch.randn(rank, shifts))
-        self.b0 = nn.Parameter(torch.zeros(shifts))
+        self.b0 = None if gate == "bounded" else nn.Parameter(torch.zeros(shifts))
         # for each block of the irreps, its columns in x or h, and how many scalars, gains or shifts it has
         self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
         self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
@@ -65,8 +71,17 @@ class MMEA(Adapter):
             if scalars > 0:
                 s.append(x_l)
         z = silu(torch.cat(s, -1) @ self.W1 + self.b1)
-        g = z @ self.W2 + self.b2
-        return torch.exp(g) if self.exponential else 1 + g, z @ self.W0 + self.b0
+        return self.gain(z @ self.W2 + self.b2), self.shift(z)
+
+    def gain(self, g: Tensor) -> Tensor:
+        if self.gate == "bounded":
+            return torch.exp(self.bound * torch.tanh(g / self.bound))
+        return torch.exp(g) if self.gate == "exp" else 1 + g
+
+    def shift(self, z: Tensor) -> Tensor:
+        if self.b0 is None:
+            return (z - silu(self.b1)) @ self.W0
+        return z @ self.W0 + self.b0
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gain, shift = self.coefficients(x)
