@@ -134,7 +134,6 @@ MISTAKES = {
     "weight of forces": ({"test_file": "vector_weight.xyz"}, "the weight forces of structure 3 of .* give a number"),
     "cell": ({"train_file": "no_cell.xyz"}, "structure 3 of .*no_cell.xyz is periodic, and has no cell"),
     "key of a charge": ({"total_charge_key": "charge"}, "--total_charge_key charge: no structure of .* has it"),
-    "training file beside heads": (OF_HEADS | {"heads": head(), "train_file": "train.xyz"}, "is not read with --heads"),
     "one test set of two heads": (OF_HEADS | {"heads": str({name: {
         "train_file": "train.xyz", "valid_file": "valid.xyz", "test_file": "test.xyz", "E0s": "foundation"}
         for name in "ab"})}, "the test_file test.xyz for each head"),

@@ -41,14 +41,13 @@ def read_heads(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def check_files_of(heads: dict[str, dict], args: argparse.Namespace) -> None:
-    """Raise PeftError for files that MACE would not read, or not for each head that has them."""
+    """Raise PeftError for test sets that MACE would not read, or not for each head that has them."""
     own = [head for name, head in heads.items() if name != PT_HEAD]
-    for option in ("train_file", "valid_file", "test_file", "test_dir"):
-        value, tests = getattr(args, option), option.startswith("test")
-        if value is not None and (tests or all(head.get(option) for head in own)):
-            raise PeftError(f"--{option} {value} is not read with --heads{'' if tests else ', which have their own'}: "
-                            f"give {option!r} in the heads, {EXAMPLE}")
-        if tests and len(own) > 1 and own[0].get(option) and all(head.get(option) == own[0][option] for head in own):
+    for option in ("test_file", "test_dir"):
+        if getattr(args, option) is not None:
+            raise PeftError(f"--{option} {getattr(args, option)} is not read with --heads: give {option!r} in the "
+                            f"heads, {EXAMPLE}")
+        if len(own) > 1 and own[0].get(option) and all(head.get(option) == own[0][option] for head in own):
             raise PeftError(f"--heads has the {option} {own[0][option]} for each head, and MACE would evaluate the "
                             "first head alone on it: give each its own, such as a copy")
 
