@@ -17,6 +17,7 @@ from runs import NAME, SEED, Run, arguments, finish, fork, train_here, write_inp
 from tiny import tiny_mace
 
 from mace_peft.adapter.directory import read_adapter
+from mace_peft.train import options
 
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 LIMIT = 80_000  # bytes: above any log of these runs, below their checkpoints, models and the adapter of all weights
@@ -180,22 +181,23 @@ def test_a_full_disk_keeps_the_adapter_that_was_there(tmp_path, disk):
     assert read_adapter(adapter) and checkpoints(folder / "checkpoints").keys() == kept.keys()
 
 
-@pytest.mark.parametrize("path", [f"{NAME}.model", f"checkpoints/{NAME}_run-{SEED}.model"])
-def test_a_model_that_cannot_be_written_is_named(tmp_path, capsys, path):
+@pytest.mark.parametrize("path", [f"{NAME}.model", f"{NAME}_compiled.model", f"checkpoints/{NAME}_run-{SEED}.model"])
+def test_what_has_the_name_of_a_model_and_is_no_file_is_named_before_the_training(tmp_path, capsys, path):
     (tmp_path / path).mkdir(parents=True)
     with pytest.raises(SystemExit) as stopped:
         train_here(write_inputs(tmp_path), **PEFT)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
-    assert f"{tmp_path / path} cannot be written (Is a directory)" in said
-    assert checkpoints(tmp_path / "checkpoints") and read_adapter(Run(tmp_path).adapter())
+    assert f"{tmp_path / path} is no regular file, but a directory" in said
+    assert not (tmp_path / "logs").exists()
 
 
-def test_the_log_says_that_a_compiled_model_cannot_be_written(tmp_path):
+def test_the_log_says_that_a_compiled_model_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "check_regular", lambda path: None)  # as if it came during the training
     path = tmp_path / f"{NAME}_compiled.model"
     path.mkdir()
     run = train_here(write_inputs(tmp_path), **PEFT)
-    assert f"ERROR: No compiled model is written: {path} cannot be written (Is a directory)" in run.log
+    assert f"ERROR: No compiled model is written: {path} is no regular file, but a directory" in run.log
     assert run.model() is not None and not list(tmp_path.glob("*unfinished*"))
 
 

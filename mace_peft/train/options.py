@@ -159,21 +159,26 @@ def check_names_free(args: argparse.Namespace) -> None:
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise PeftError(f"{path} is a link, pipe or device, and the run has a file of that name: remove it, or "
                                 "give this run another --name")
-    for stage in ("", "_stagetwo"):
-        check_regular(model_path(args, stage))
+    for path in models(args):
+        check_regular(path)
+
+
+def models(args: argparse.Namespace) -> list[Path]:
+    """The files of models that the run writes."""
+    stages = ("", "_stagetwo") if args.swa else ("",)
+    return [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")
+            for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name))]
 
 
 def check_start_stays(args: argparse.Namespace) -> None:
     """Raise PeftError if a model or adapter that the run writes takes the place of what it starts from."""
     foundation = Path(args.foundation_model)
-    stages = ("", "_stagetwo") if args.swa else ("",)
-    for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name)):
-        for path in [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")]:
-            if path.exists() and foundation.exists() and path.samefile(foundation):
-                raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
-                                "adapter needs: give this run another --name")
+    for path in models(args):
+        if path.exists() and foundation.exists() and path.samefile(foundation):
+            raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
+                            "adapter needs: give this run another --name")
     adapter = getattr(args, "peft_adapter", None)
-    for path in [adapter_directory(args, stage) for stage in stages] if adapter is not None else ():
+    for path in [adapter_directory(args, stage) for stage in ("", "_stagetwo")] if adapter is not None else ():
         if path.exists() and Path(adapter).exists() and path.samefile(adapter):
             raise PeftError(f"--name {args.name} would write its adapter over --peft_adapter {adapter}, from which it "
                             "starts: give this run another --name")

@@ -26,7 +26,8 @@ def check_labels(args: argparse.Namespace, heads: list, counts: dict[tuple[str, 
     """
     taken = TAKEN.get(args.loss, BOTH)
     for (head, part), held in counts.items():
-        check_set(args, f"the {NAMES[part]} set of the head {head}", held, weighed[head, part])
+        where = f"the {NAMES[part]} set of the head {head}"
+        check_set(args, where, held, held if head == PT_HEAD else weighed[head, part])  # replay may have the weight 0
     for head in heads:
         if head.head_name != PT_HEAD:  # which has MACE's data
             check_head(head, args.loss, counts[head.head_name, "train"], counts[head.head_name, "valid"])
