@@ -135,7 +135,7 @@ def weigh(configuration: Configuration, where: str) -> None:
     if not (np.isfinite(configuration.positions).all() and np.isfinite(configuration.cell).all()):
         raise PeftError(f"the positions or the cell of {where} hold NaN or infinity: correct them")
     periodic = np.asarray(configuration.cell, dtype=float)[np.asarray(configuration.pbc, dtype=bool)]
-    if np.linalg.matrix_rank(periodic) < len(periodic):
+    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):  # numpy 1 has no rank of nothing
         raise PeftError(f"{where} is periodic, and has no cell to be so: give its cell, or pbc=\"F F F\"")
     for name, value in configuration.properties.items():
         if name in STATES and value is not None and numbers(name, value, where).size != 1:
