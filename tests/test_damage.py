@@ -187,6 +187,7 @@ def into(field, **values):
 
 EDITS = {
     "a newer format": (lambda d: d.update(format=2), "has format 2, and this mace-peft"),
+    "a format of many digits": (lambda d: d.update(format=10**4000), f"has format 1{'0' * 19}, and this mace-peft"),
     "an unknown field": (lambda d: d.update({"new\nfield": 1}), r"unknown fields ['new\nfield']"),
     "an unknown setting": (into("peft", novelty=1), "no proper value of peft"),
     "a missing setting": (lambda d: d["peft"].pop("alpha"), "no proper value of peft"),

@@ -102,8 +102,8 @@ def check_description(description: object, path: object) -> dict:
     if not isinstance(description, dict) or not fits(description.get("format"), int) or description["format"] < 1:
         raise PeftError(f"{path} is no adapter of mace-peft: give the NAME_adapter directory that a run left")
     if description["format"] > FORMAT:
-        raise PeftError(f"{path} has format {description['format']}, and this mace-peft {mace_peft.__version__} reads "
-                        f"up to {FORMAT}: install a newer mace-peft")
+        raise PeftError(f"{path} has format {description['format']!r:.20}, and this mace-peft {mace_peft.__version__} "
+                        f"reads up to {FORMAT}: install a newer mace-peft")
     missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
     if missing or unknown:
         raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {str(sorted(unknown)):.300}: save "
