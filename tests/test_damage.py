@@ -236,7 +236,7 @@ def test_a_weight_that_is_no_number(foundation, saved, tmp_path, value):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_tensors_of_a_kind_that_no_weights_are(foundation, saved, tmp_path, dtype):
-    tensors = {name: torch.zeros(tensor.shape, dtype=dtype) for name, tensor in load(saved[TENSOR_FILE]).items()}
+    tensors = {name: torch.zeros(tensor.shape).to(dtype) for name, tensor in load(saved[TENSOR_FILE]).items()}
     message = refusal(foundation, write(tmp_path, sealed(saved, tensors=tensors)))
     assert f"is of {dtype}, as no weights are: save or copy" in message
 

@@ -130,10 +130,8 @@ MISTAKES = {
     "weight of no type": ({"config_type_weights": "{'surface': 5.0}"},
                           "surface, a config_type that no structure .* has Default"),
     "two isolated atoms": ({"train_file": "alone_twice.xyz", "E0s": None}, "of H with the energies -0.5 and -0.9 eV"),
-    "charge": ({"test_file": "charge.xyz"}, "total_charge of structure 3 of .*charge.xyz is 'neutral'"),
     "weight of forces": ({"test_file": "vector_weight.xyz"}, "the weight forces of structure 3 of .* give a number"),
     "cell": ({"train_file": "no_cell.xyz"}, "structure 3 of .*no_cell.xyz is periodic, and has no cell"),
-    "key of a charge": ({"total_charge_key": "charge"}, "--total_charge_key charge: no structure of .* has it"),
     "one test set of two heads": (OF_HEADS | {"heads": str({name: {
         "train_file": "train.xyz", "valid_file": "valid.xyz", "test_file": "test.xyz", "E0s": "foundation"}
         for name in "ab"})}, "the test_file test.xyz for each head"),
@@ -153,7 +151,11 @@ MISTAKES = {
     "learning rates of parts": ({"lr_params_factors": "{products: 2}"} if since("0.3.15") else {"lr": -1},
                                 "--(lr_params_factors .* is no dictionary|lr)"),
 }
-PATHS = {"train_file", "valid_file", "test_file", "test_dir", "statistics_file", "pt_train_file"}
+if since("0.3.14"):
+    MISTAKES |= {
+        "charge": ({"test_file": "charge.xyz"}, "total_charge of structure 3 of .*charge.xyz is 'neutral'"),
+        "key of a charge": ({"total_charge_key": "charge"}, "--total_charge_key charge: no structure of .* has it"),
+    }
 
 
 @pytest.mark.parametrize("options, words", MISTAKES.values(), ids=MISTAKES)

@@ -6,6 +6,7 @@ import re
 import pytest
 from combined import write_small
 from mace.tools import build_default_arg_parser
+from releases import since
 from runs import train_here
 
 from mace_peft.train.no_effect import warn_of_no_effect
@@ -22,13 +23,14 @@ CASES = {
               ["--lr 0.5 .* with --lbfgs", "--lr_factor 0.5 .* with --lbfgs"]),
     "schedule-free": (["--optimizer=schedulefree", "--scheduler=ExponentialLR"],
                       ["--scheduler ExponentialLR .* with --optimizer schedulefree"]),
-    "momenta": (["--beta1_schedulefree=0.5"], ["--beta1_schedulefree 0.5 .* with --optimizer adam"]),
     "plateau": (["--lr_scheduler_gamma=0.5"], ["--lr_scheduler_gamma 0.5 .* with --scheduler ReduceLROnPlateau"]),
     "exponential": (["--lr_factor=0.5", "--scheduler=ExponentialLR"], ["--lr_factor 0.5 .* with --scheduler Expo"]),
     "replay": ([*REPLAY, "--num_samples_pt=2"], ["--num_samples_pt 2 .* on --pt_train_file mine.xyz"]),
     "loss of replay": ([*REPLAY, "--loss=stress"], ["--loss stress .* with replay"]),
     "defaults": ([], []),
 }
+if since("0.3.15"):
+    CASES["momenta"] = ["--beta1_schedulefree=0.5"], ["--beta1_schedulefree 0.5 .* with --optimizer adam"]
 
 
 @pytest.mark.parametrize("options, lines", CASES.values(), ids=CASES)
