@@ -210,7 +210,7 @@ def test_of_the_models_that_were_made_a_few_are_kept(monkeypatch):
     made = {}
     monkeypatch.setattr("mace_peft.backbones.foundation.MADE", made)
     monkeypatch.setattr("mace_peft.backbones.foundation.MOST_MADE", 2)
-    model = tiny_mace(channels=1, max_ell=1, correlation=1, elements=ELEMENTS)
+    model = tiny_mace(channels=1, max_ell=1, elements=ELEMENTS)
     for heads in (1, 2, 1, 3):
         rebuild(model, [1], [str(number) for number in range(heads)], [[-1.0]] * heads)
     assert [len(one.heads) for one in made.values()] == [1, 3]
