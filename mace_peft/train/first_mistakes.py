@@ -36,12 +36,7 @@ def check_first_mistakes(args: argparse.Namespace) -> None:
             raise PeftError(f"there is no --train_file for the head {name}: give a file of structures with labels")
     check_numbers(args)
     check_mapping("foundation_model_kwargs", getattr(args, "foundation_model_kwargs", None), ast.literal_eval)
-    for name, factor in factors(args).items():
-        if name not in FACTORS:
-            raise PeftError(f"--lr_params_factors has {name!r}, which MACE does not read{did_you_mean(name, FACTORS)}: "
-                            f"use {', '.join(FACTORS)}")
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise PeftError(f"--lr_params_factors has {factor!r} for {name}: give a number from 0 up")
+    check_factors(args)
     if not args.compute_forces:
         raise PeftError(f"--compute_forces False leaves --loss {args.loss} no forces, which it takes: leave it out")
     check_replay(args)
@@ -93,8 +88,15 @@ def check_mapping(name: str, text: str | None, read: Callable[[str], object]) ->
     return held
 
 
-def factors(args: argparse.Namespace) -> dict:
-    return check_mapping("lr_params_factors", getattr(args, "lr_params_factors", None), json.loads)
+def check_factors(args: argparse.Namespace) -> None:
+    """Raise PeftError for learning rates of parts that MACE does not read, or that are none."""
+    text = getattr(args, "lr_params_factors", None)  # releases differ in their options
+    for name, factor in check_mapping("lr_params_factors", text, json.loads).items():
+        if name not in FACTORS:
+            raise PeftError(f"--lr_params_factors has {name!r}, which MACE does not read{did_you_mean(name, FACTORS)}: "
+                            f"use {', '.join(FACTORS)}")
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise PeftError(f"--lr_params_factors has {factor!r} for {name}: give a number from 0 up")
 
 
 def check_replay(args: argparse.Namespace) -> None:
