@@ -1,0 +1,198 @@
+"""Which gain a gate should have: errors at home, and forces and gains on structures unlike all in training.
+
+    python recipes/data.py rmd17/ethanol rmd17/malonaldehyde acac
+    python benchmarks/gates.py --foundation foundation_float32.model --pretraining pretrain_valid.xyz
+
+runs the cells that have no result yet, one after the other, and adds each to results/gates.json. Adam with a cosine
+schedule, batches of 5, forces weigh 1000, on 50 configurations: shorter than ``mace_run_train``, and the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ase.io
+import away
+import mace  # noqa: F401  before e3nn
+import numpy as np
+import torch
+from ase import Atoms
+from environment import environment
+from errors import predict
+from mace import data, modules, tools
+from mace.tools import torch_geometric
+from torch import Tensor
+
+from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft.fast.contraction import by_element
+from mace_peft.fast.tensor_product import split_messages
+from mace_peft.methods import MMEA
+from mace_peft.patching import replaced
+
+HERE = Path(__file__).resolve().parent
+SETS = {"ethanol": ("rmd17/ethanol", "test"), "malonaldehyde": ("rmd17/malonaldehyde", "test"),
+        "acac": ("acac", "test_300K")}
+EPOCHS, TRAINED, TESTED = 20, 50, 200
+
+
+def tanh(c: float) -> Callable[[Tensor], Tensor]:
+    return lambda g: torch.exp(c * torch.tanh(g / c))
+
+
+FORMS = {
+    "exp": None,  # as published: with a bias of the shift, too
+    **{f"exp(c tanh(g/c)), c = {c}": tanh(c) for c in (0.5, 1.0, 2.0)},
+    "1 + c tanh(g/c), c = 0.5": lambda g: 1 + 0.5 * torch.tanh(2 * g),
+    "1 + g": lambda g: 1 + g,
+}
+
+
+def cells() -> list[dict]:
+    """The rates first, on ethanol; then the other sets at each form's best; then a second seed."""
+    return [{"data": name, "form": form, "targets": targets, "lr": lr, "seed": seed}
+            for seed, name, lr, targets, form in itertools.product(
+                (1, 2), SETS, (0.02, 0.005), ("published", "products"), FORMS)]
+
+
+def key(cell: dict) -> str:
+    return "; ".join(f"{name} {value}" for name, value in cell.items())
+
+
+def loader(model: torch.nn.Module, structures: list[Atoms], shuffle: bool):
+    table = tools.AtomicNumberTable(model.atomic_numbers.tolist())
+    keys = data.KeySpecification(info_keys={"energy": "REF_energy"}, arrays_keys={"forces": "REF_forces"})
+    graphs = [data.AtomicData.from_config(data.config_from_atoms(atoms, keys, head_name=model.heads[0]), z_table=table,
+                                          cutoff=float(model.r_max), heads=model.heads) for atoms in structures]
+    return torch_geometric.dataloader.DataLoader(graphs, batch_size=5, shuffle=shuffle)
+
+
+def start(path: Path, structures: list[Atoms]) -> torch.nn.Module:
+    """The foundation with E0s that fit the energies of the structures, as ``--E0s=estimated``."""
+    model = torch.load(path, weights_only=False)
+    numbers = model.atomic_numbers.tolist()
+    counts = np.array([[(atoms.numbers == number).sum() for number in numbers] for atoms in structures])
+    energies, _ = predict(model, structures, "cpu")
+    missing = np.array([atoms.info["REF_energy"] for atoms in structures]) - energies
+    E0s = np.linalg.lstsq(counts, missing, rcond=None)[0]
+    model.atomic_energies_fn.atomic_energies += torch.tensor(E0s)
+    return model
+
+
+def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
+    learnt = list(trainable_parameters(model).values())
+    optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    loss = modules.WeightedEnergyForcesLoss(energy_weight=1, forces_weight=1000)
+    batches = loader(model, structures, shuffle=True)
+    split_messages(model)
+    with replaced(modules.symmetric_contraction.Contraction, "forward", by_element):
+        for _ in range(EPOCHS):
+            for batch in batches:
+                optimizer.zero_grad()
+                output = model(batch.to_dict(), training=True)
+                torch.autograd.backward(loss(pred=output, ref=batch), inputs=learnt)
+                torch.nn.utils.clip_grad_norm_(learnt, 100)
+                optimizer.step()
+            schedule.step()
+    split_messages(model, split=False)
+
+
+class Gains:
+    """The smallest and the largest gain of all gates while it is entered."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.gates = [module for module in model.modules() if isinstance(module, MMEA) and module.W2.shape[1]]
+        self.seen: list[float] = []
+
+    def __enter__(self) -> Gains:
+        self.hooks = [gate.register_forward_pre_hook(self.look) for gate in self.gates]
+        return self
+
+    def look(self, gate: MMEA, inputs: tuple) -> None:
+        gains = gate.coefficients(inputs[0])[0].detach()
+        if gains.numel():
+            self.seen += [gains.min().item(), gains.max().item()]
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    @property
+    def range(self) -> list[float]:
+        return [float(f"{value:.4g}") for value in (min(self.seen), max(self.seen))]
+
+
+def run(cell: dict, args) -> dict:
+    """Fine-tune, and measure at home and away."""
+    folder, test = SETS[cell["data"]]
+    training = ase.io.read(args.data / folder / "train.xyz", f":{TRAINED}")
+    testing = ase.io.read(args.data / folder / f"{test}.xyz", f":{TESTED}")
+    torch.set_default_dtype(torch.float32)
+    model = start(args.foundation, training)
+    torch.manual_seed(cell["seed"])
+    form = FORMS[cell["form"]]
+    gain = MMEA.gain if form is None else lambda gate, g: form(g)
+    config = PeftConfig("mmea", targets=cell["targets"], gate="exp" if form is None else "bounded")
+    base = predict(start(args.foundation, training), abroad(args, testing)[1], "cpu")[1]
+    with replaced(MMEA, "gain", gain):
+        inject(model, config)
+        began = time.process_time()
+        train(model, training, cell["lr"])
+        seconds = time.process_time() - began
+        with Gains(model) as home:
+            energies, forces = predict(model, testing, "cpu")
+        names, structures = abroad(args, testing)
+        with Gains(model) as far:
+            _, found = predict(model, structures, "cpu")
+        lone = predict(model, [Atoms([number]) for number in model.atomic_numbers.tolist()], "cpu")[0]
+    error = energies - np.array([atoms.info["REF_energy"] for atoms in testing])
+    force = forces - np.concatenate([atoms.arrays["REF_forces"] for atoms in testing])
+    of_base, largest = (away.largest_forces(one, structures) for one in (base, found))
+    above = ~(largest <= np.maximum(10 * of_base, 1))  # NaN is above
+    worst = np.argmax(np.nan_to_num(largest / np.maximum(of_base, 0.1), nan=np.inf))
+    shift = lone - model.atomic_energies_fn.atomic_energies.flatten().numpy()
+    return {**cell, "mae_e": rounded(np.abs(error).mean()), "mae_f": rounded(np.abs(force).mean()),
+            "gains_home": home.range, "gains_away": far.range, "away": len(structures), "above": int(above.sum()),
+            "worst": names[worst], "worst_force": rounded(largest[worst]), "worst_base": rounded(of_base[worst]),
+            "lone": rounded(np.abs(shift).max()), "seconds": rounded(seconds), "environment": environment()}
+
+
+def abroad(args, testing: list[Atoms]) -> tuple[list[str], list[Atoms]]:
+    """Names and structures: of G2, the test molecule displaced, the foundation's own world, acetylacetone at 600 K."""
+    found = away.molecules({1, 6, 7, 8})
+    found |= away.displaced("test molecule", testing[0], np.random.default_rng(1))
+    for name, path in {"pretraining": args.pretraining, "600 K": args.data / "acac" / "test_600K.xyz"}.items():
+        found |= {f"{name} {i}": atoms for i, atoms in enumerate(ase.io.read(path, "::5"))}
+    elements = set(testing[0].numbers) | {1, 6, 8}
+    found = {name: atoms for name, atoms in found.items() if elements >= set(atoms.numbers)}
+    return list(found), list(found.values())
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--foundation", type=Path, required=True, help="foundation model, float32")
+    parser.add_argument("--pretraining", type=Path, required=True, help="structures that it was trained on")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that recipes/data.py wrote")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gates.json")
+    parser.add_argument("--only", default="", help="cells whose key has this text")
+    args = parser.parse_args()
+    for cell in cells():
+        results = json.loads(args.out.read_text()) if args.out.exists() else {}
+        if key(cell) not in results and args.only in key(cell):
+            results[key(cell)] = run(cell, args)
+            print(json.dumps(results[key(cell)]), flush=True)
+            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
+            args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
