@@ -31,8 +31,8 @@ class PeftConfig:
     alpha: low-rank updates are scaled by alpha / rank; None means alpha = rank, as published.
     targets: where adapters go, and nothing else: a placement (``products``, ``linears``, ``published``, ``all``) or
         comma-separated glob patterns over the names of modules.
-    gate: the gain of a gate is ``exp``: exp(g); ``bounded``: between 1 / e and e, with no shift where an atom has no
-        neighbours; or ``residual``: 1 + g.
+    gate: ``bounded``: gains lie within fixed bounds, and an atom without neighbours keeps its energy; or ``exp``, as
+        published: a gain is exp(g) (``mace_peft.methods.MMEA``).
     init_std: standard deviation of a gate's scalar shift at the start; 0 makes step 0 equal to the foundation.
     train_also: comma-separated glob patterns over the names of base parameters that train along.
     budget: what the adapters of rank ``auto`` may train, as a number of parameters or a share of the base's: ``5%``.

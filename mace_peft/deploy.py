@@ -23,12 +23,15 @@ from mace_peft.backbones.foundation import load_foundation, symbols
 from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
+from mace_peft.inspect.gain_ranges import Guard
 from mace_peft.model.adapted import SWITCHED_OFF, is_adapted
-from mace_peft.model.inject import fold
+from mace_peft.model.inject import fold, settle_isolated_atoms
 
 
 class AdaptedCalculator(MACECalculator):
     """MACE's calculator, which refuses elements that the adapter has never seen, and predictions that are no numbers.
+
+    It warns once where gains of gates are far from those on the training set (``mace_peft.inspect.gain_ranges``).
 
     ``calculate`` raises PeftError for them, with the directory of the ``adapter``.
     """
@@ -37,6 +40,7 @@ class AdaptedCalculator(MACECalculator):
         super().__init__(*args, **options)
         self.adapter = adapter
         self.computed_by = self.adapters_now()
+        self.guards = [Guard(model) for model in self.models]
 
     def adapters_now(self) -> list[object]:
         """What tells, by identity, whether the models predict as before: what each adapter brought, and if it is on."""
@@ -69,6 +73,8 @@ class AdaptedCalculator(MACECalculator):
             raise PeftError(f"the adapter {self.adapter} gives {', '.join(odd)} of NaN or infinity for "
                             f"{name_of(atoms)}, which may be unlike all that it was trained for, or have atoms upon "
                             "one another: check the structure, or use the foundation")
+        for guard in self.guards:
+            guard.check(atoms)
 
 
 def is_finite(value: object) -> bool:
@@ -103,7 +109,7 @@ def deployable(
     check_choice("default_dtype", dtype, ("float32", "float64"))
     model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)
     # the dtype first: what narrows the elements divides weights
-    return fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval()
+    return settle_isolated_atoms(fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval())
 
 
 def for_mliap(model: nn.Module, head: str) -> nn.Module:

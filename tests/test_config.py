@@ -14,9 +14,9 @@ REFUSED = [
     ({"method": "MMEA"}, ["method 'MMEA'", METHODS]),
     ({"method": None}, ["method None", METHODS]),
     ({"method": ["mmea"]}, ["method ['mmea']", METHODS]),
-    ({"gate": "expp"}, ["gate 'expp'", "did you mean exp", "use exp or bounded or residual"]),
-    ({"gate": "sigmoid"}, ["gate 'sigmoid'", "use exp or bounded or residual"]),
-    ({"gate": "static"}, ["gate 'static'", "use exp or bounded or residual"]),
+    ({"gate": "expp"}, ["gate 'expp'", "did you mean exp", "use bounded or exp"]),
+    ({"gate": "sigmoid"}, ["gate 'sigmoid'", "use bounded or exp"]),
+    ({"gate": "static"}, ["gate 'static'", "use bounded or exp"]),
     ({"rank": 0}, ["rank 0", "at least 1"]),
     ({"rank": -3}, ["rank -3", "at least 1"]),
     ({"rank": 2.5}, ["rank 2.5", "whole number"]),
@@ -51,7 +51,7 @@ REFUSED = [
     ({"rank_pattern": {"linear": 2}, "method": "scales"}, ["rank_pattern {'linear': 2}", "no rank", "leave it out"]),
     ({"alpha": 4, "method": "gates"}, ["alpha 4", "gates, which has no low-rank updates", "leave it out"]),
     ({"init_std": 0.1, "method": "elora"}, ["init_std 0.1", "elora, which has no gates", "leave it out"]),
-    ({"gate": "residual", "method": "elora"}, ["gate residual", "elora, which has no gates", "leave it out"]),
+    ({"gate": "exp", "method": "elora"}, ["gate exp", "elora, which has no gates", "leave it out"]),
     ({"gate": "exp", "method": "elora+scales"}, ["gate exp", "elora+scales, which has no gates", "leave it out"]),
     ({"gate": "exp", "method": "small"}, ["gate exp", "small, which has no gates", "leave it out"]),
     ({"rank": 4, "budget": "5%"}, ["budget 5%", "rank 4", "leave it out", "use rank auto"]),
@@ -96,7 +96,7 @@ def test_on_the_command_line_settings_are_options():
     assert error.value.on_command_line().startswith("--peft 'lora' is unknown")
 
 
-GATED = {"gate": "exp", "init_std": 0.0}
+GATED = {"gate": "bounded", "init_std": 0.0}
 DEFAULTS = {  # those that are not None
     "mmea": {"rank": 16, "alpha": 16.0, "targets": "published", **GATED},
     "gates": {"rank": 16, "targets": "all", **GATED},
@@ -129,7 +129,7 @@ def test_alpha_is_the_rank_by_default(rank):
 @pytest.mark.parametrize("config", [
     PeftConfig("mmea"),
     PeftConfig("elora", rank=3, alpha=0.5, targets="published"),
-    PeftConfig("mmea", rank=32, targets="interactions.*.linear, readouts.*", gate="residual", init_std=0.001,
+    PeftConfig("mmea", rank=32, targets="interactions.*.linear, readouts.*", gate="exp", init_std=0.001,
                train_also="readouts.*"),
     PeftConfig("scales"),
     PeftConfig("elora+scales", rank="auto", budget=500, rank_pattern={"linear": 3}),

@@ -197,7 +197,7 @@ EDITS = {
     "another rank": (into("peft", rank=1, alpha=1.0), "of another shape"),
     "other targets": (into("peft", targets="linears"), "missing, unknown or of another shape"),
     "no such targets": (into("peft", targets="linear_9"), "does not fit: targets 'linear_9'"),
-    "a setting that does not act": (into("peft", method="elora"), "gate exp has no effect on elora"),
+    "a setting that does not act": (into("peft", method="elora"), "gate bounded has no effect on elora"),
     "another method": (into("peft", method="elora", gate=None, init_std=None), "missing, unknown or of another shape"),
     "less that trains along": (into("peft", train_also=None), "missing, unknown or of another shape"),
     "another foundation": (into("foundation", name="a\nb", fingerprint="c\nd"), "foundation ('a\\nb') whose weights"),

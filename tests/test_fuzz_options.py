@@ -45,7 +45,7 @@ SENSIBLE = {
     "peft_budget": ["5%", "100%", "300"],
     "peft_alpha": ["1", "0.5", "1e-3"],
     "peft_targets": PATTERNS,
-    "peft_gate": ["exp", "bounded", "residual"],
+    "peft_gate": ["exp", "bounded"],
     "peft_init_std": ["0", "0.01"],
     "peft_train_also": ["readouts.*", "*", "node_embedding.*, products.*.weight", ""],
     "peft_adapter": PATHS[:3],

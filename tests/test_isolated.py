@@ -1,31 +1,108 @@
-"""An atom without neighbours keeps the energy that the foundation gives it, its E0 (plus the model's shift)."""
+"""An atom without neighbours keeps what the foundation adds to its E0, and with E0s that do not train its energy."""
+
+import copy
+import io
 
 import pytest
 import torch
 from ase import Atoms
-from tiny import ELEMENTS, configurations, predict, randomise, tiny_mace
+from tiny import ELEMENTS, batch, configurations, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, disable_adapter, inject
+from mace_peft import PeftConfig, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft.e3nn import compile as compile_to_torchscript
+from mace_peft.methods import METHODS
 from mace_peft.model.adapted import adapted_blocks
+from mace_peft.model.inject import fold, settle_isolated_atoms
 
 PLACEMENTS = ("products", "linears", "published", "all")
-CASES = {
-    **{f"mmea {targets}": {"method": "mmea", "targets": targets, "gate": "bounded"} for targets in PLACEMENTS},
-    **{f"gates {targets}": {"method": "gates", "targets": targets, "gate": "bounded"} for targets in PLACEMENTS},
-    **{f"elora {targets}": {"method": "elora", "targets": targets} for targets in PLACEMENTS},
-}
+# of the second, something of the element stays where there is no neighbour, for its first layer has a skip connection
+FOUNDATIONS = {"vanishing": {}, "residual": {"first": "RealAgnosticResidualInteractionBlock"}}
+CASES = [(method, targets, ("Default",)) for method in METHODS if METHODS[method].rank != "auto"
+         for targets in PLACEMENTS] + [(method, "published", ("a", "b")) for method in ("mmea", "elora")]
 
 
-@pytest.mark.parametrize("heads", [("Default",), ("a", "b")], ids=["one_head", "two_heads"])
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-def test_an_isolated_atom_keeps_its_energy(settings, heads):
-    model = inject(tiny_mace(heads=heads), PeftConfig(rank=2, **settings))
-    for block in adapted_blocks(model).values():
-        randomise(block.adapter)
-    alone = [Atoms([element], info={"head": head}) for element in ELEMENTS for head in heads]
-    together = configurations(1)
-    (energies, forces), (learnt, _) = predict(model, alone), predict(model, together)
+def adapted(foundation, method, targets, heads=("Default",)):
+    """Its adapters are random, but for the E0s that some methods train, which are as they were."""
+    config = PeftConfig(method, targets=targets, rank=None if METHODS[method].rank is None else 2)
+    model = inject(tiny_mace(heads=heads, **FOUNDATIONS[foundation]), config)
+    for name, block in adapted_blocks(model).items():
+        if name != "atomic_energies_fn":
+            randomise(block.adapter)
+    return model
+
+
+def alone(heads=("Default",)):
+    return [Atoms([element], info={"head": head}) for element in ELEMENTS for head in heads]
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("foundation", FOUNDATIONS)
+@pytest.mark.parametrize("method, targets, heads", CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_an_isolated_atom_keeps_its_energy(method, targets, heads, foundation):
+    model = adapted(foundation, method, targets, heads)
+    structures = [*alone(heads), *configurations(1)]
+    count = len(structures) - 1
+    energies, forces = predict(model, structures)
     with disable_adapter(model):
-        torch.testing.assert_close(energies, predict(model, alone)[0], rtol=0, atol=1e-12)
-        assert not torch.allclose(learnt, predict(model, together)[0], rtol=1e-6)
-    assert not forces.any()
+        before, _ = predict(model, structures)
+    assert_same(energies[:count], before[:count])
+    assert not torch.allclose(energies[count:], before[count:], rtol=1e-6)
+    assert not forces[:count].any()
+    assert_same(predict(fold(model), structures)[0], energies)  # as NAME.model has it
+    assert_same(predict(settle_isolated_atoms(model), structures)[0], energies)  # as files of TorchScript have it
+
+
+def test_the_foundations_are_of_both_kinds():
+    for name, options in FOUNDATIONS.items():
+        model = tiny_mace(**options)
+        shifted = model.atomic_energies_fn.atomic_energies + model.scale_shift.shift
+        kept = predict(model, alone())[0] - shifted.flatten()
+        assert (kept.abs().max() < 1e-12) == (name == "vanishing")
+
+
+@pytest.mark.parametrize("foundation", FOUNDATIONS)
+@pytest.mark.parametrize("method", ["mmea", "elora"])
+def test_files_keep_it(method, foundation, tmp_path):
+    model = adapted(foundation, method, "published")
+    expected = [predict(model, structures)[0] for structures in (alone(), configurations(2))]
+
+    def check(other):
+        for structures, energies in zip((alone(), configurations(2)), expected, strict=True):
+            assert_same(predict(other, structures)[0], energies)
+
+    save_adapter(model, tmp_path / "adapter")
+    check(load_adapter(tiny_mace(**FOUNDATIONS[foundation]), tmp_path / "adapter"))
+    folded = fold(copy.deepcopy(model))
+    check(pickled(folded))
+    if method == "mmea":  # gates stay: another adapter of what is the base now
+        save_adapter(folded, tmp_path / "gates")
+        check(load_adapter(eject(pickled(folded)), tmp_path / "gates"))
+    script = compile_to_torchscript(settle_isolated_atoms(folded))
+    for structures, energies in zip((alone(), configurations(2)), expected, strict=True):
+        assert_same(script(batch(model, structures), compute_force=False)["energy"], energies)
+
+
+def pickled(model):
+    content = io.BytesIO()
+    torch.save(model, content)
+    content.seek(0)
+    return torch.load(content, weights_only=False)
+
+
+def test_torchscript_of_what_is_not_settled_is_refused():
+    gates = fold(adapted("residual", "mmea", "published"))
+    with pytest.raises(NotImplementedError, match="does not support TorchScript"):
+        compile_to_torchscript(gates)
+
+
+def test_training_sees_the_energies_that_are_predicted():
+    """The gradient of an isolated atom's energy vanishes: no step of an optimizer moves it."""
+    model = adapted("residual", "elora", "all")
+    inputs = batch(model, alone())
+    output = model(inputs, training=True, compute_force=False)
+    output["energy"].sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.abs().max() < 1e-12

@@ -20,7 +20,8 @@ LAYERS = [
     ("backbones",),
     ("model",),
     ("adapter", "fast"),
-    ("inspect", "train"),
+    ("inspect",),
+    ("train",),
     ("deploy",),
     ("cli", "run_train"),
 ]

@@ -16,6 +16,7 @@ from mace_peft import PeftConfig, inject
 from mace_peft.blocks.e3nn import GatedLinear, GatedTensorProduct
 from mace_peft.blocks.mace import GatedProduct
 from mace_peft.methods import GATES, MMEA
+from mace_peft.methods.mmea import BOUND
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = (torch.float32, torch.float64)
@@ -43,11 +44,7 @@ def features(irreps, rows=3, dtype=torch.float64, seed=0):
 
 def oracle(mmea, irreps_in, irreps_out, gate, x, h):
     """h' in float64, from one number to the next."""
-    W1, b1, W2, b2, W0 = (p.tolist() for p in (mmea.W1, mmea.b1, mmea.W2, mmea.b2, mmea.W0))
-    if gate == "bounded":
-        b0 = [-sum(b / (1 + math.exp(-b)) * row[k] for b, row in zip(b1, W0, strict=True)) for k in range(len(W0[0]))]
-    else:
-        b0 = mmea.b0.tolist()
+    W1, b1, W2, b2, W0, b0 = (p.tolist() for p in (mmea.W1, mmea.b1, mmea.W2, mmea.b2, mmea.W0, mmea.b0))
     result = []
     for x_row, h_row in zip(x.tolist(), h.tolist(), strict=True):
         s, column = [], 0
@@ -60,17 +57,19 @@ def oracle(mmea, irreps_in, irreps_out, gate, x, h):
         z = []
         for k in range(len(b1)):
             y = b1[k] + sum(s[i] * W1[i][k] for i in range(len(s)))
-            z.append(y / (1 + math.exp(-y)))
+            z.append(y / (1 + math.exp(-y)) if gate == "exp" else math.tanh(y) - math.tanh(b1[k]))
+        square = sum(number**2 for number in s)
+        u = 1 if gate == "exp" else square / (1 + square)
 
         out, column, scaled, shifted = [], 0, 0, 0
         for mul, ir in o3.Irreps(irreps_out):
             for _ in range(mul):
                 if ir.l == 0 and ir.p == 1:
-                    out.append(h_row[column] + b0[shifted] + sum(z[k] * W0[k][shifted] for k in range(len(z))))
+                    out.append(h_row[column] + u * b0[shifted] + sum(z[k] * W0[k][shifted] for k in range(len(z))))
                     shifted += 1
                 else:
                     gamma = b2[scaled] + sum(z[k] * W2[k][scaled] for k in range(len(z)))
-                    gain = {"exp": math.exp(gamma), "bounded": math.exp(math.tanh(gamma)), "residual": 1 + gamma}[gate]
+                    gain = math.exp(gamma) if gate == "exp" else math.exp(BOUND * math.tanh(gamma / BOUND))
                     out.extend(gain * h_row[column + m] for m in range(2 * ir.l + 1))
                     scaled += 1
                 column += 2 * ir.l + 1
@@ -107,7 +106,7 @@ def test_follows_the_equations_on_any_irreps(irreps_in, irreps_out, rank, gate, 
 def test_bounded_gains_keep_their_bounds_and_scalars_of_zero_shift_nothing(irreps_in, irreps_out, dtype, seed):
     mmea = adapter(irreps_in, irreps_out, gate="bounded", dtype=dtype, seed=seed)
     gains, _ = mmea.coefficients(1e6 * features(irreps_in, dtype=dtype, seed=seed))
-    assert ((gains > math.exp(-1.001)) & (gains < math.exp(1.001))).all()
+    assert ((gains > math.exp(-1.001 * BOUND)) & (gains < math.exp(1.001 * BOUND))).all()
     _, shifts = mmea.coefficients(torch.zeros(2, o3.Irreps(irreps_in).dim, dtype=dtype))
     assert not shifts.any()
 
@@ -138,7 +137,6 @@ def test_a_new_adapter_starts_as_published():
     assert mmea.W0.shape == (60, 70) and mmea.W2.shape == (60, 30) and mmea.W1.shape == (50, 60)
     assert mmea.W0.std().item() == pytest.approx(0.02, rel=0.05)
     assert mmea.W0.mean().item() == pytest.approx(0, abs=0.002)
-    assert MMEA("50x0e", "70x0e", 60, "bounded").b0 is None
     for name in ("b1", "W2", "b2", "b0"):
         assert not getattr(mmea, name).any(), name
     bound = 50**-0.5  # that of nn.Linear
@@ -247,7 +245,7 @@ def test_the_input_of_a_linear_layer_drives_and_its_output_takes_the_gate():
     torch.manual_seed(0)
     block, x = o3.Linear("3x0e+2x1o", "2x1o+3x0e"), features("3x0e+2x1o", dtype=torch.float32)
     h = block(x)
-    expected = oracle(gate_block(block).adapter, "3x0e+2x1o", "2x1o+3x0e", "exp", x, h)
+    expected = oracle(gate_block(block).adapter, "3x0e+2x1o", "2x1o+3x0e", "bounded", x, h)
     assert isinstance(block, GatedLinear)
     torch.testing.assert_close(block(x).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -257,7 +255,7 @@ def test_the_first_input_of_a_tensor_product_drives_and_its_output_takes_the_gat
     block = o3.FullyConnectedTensorProduct("3x0e+2x1o", "4x0e", "2x1o+3x0e")
     x, elements = features("3x0e+2x1o", dtype=torch.float32), torch.eye(4)[[0, 2, 1]]
     h = block(x, elements)
-    expected = oracle(gate_block(block, "gates").adapter, "3x0e+2x1o", "2x1o+3x0e", "exp", x, h)
+    expected = oracle(gate_block(block, "gates").adapter, "3x0e+2x1o", "2x1o+3x0e", "bounded", x, h)
     assert isinstance(block, GatedTensorProduct)
     torch.testing.assert_close(block(x, elements).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -279,7 +277,7 @@ def test_the_whole_output_of_a_product_block_drives_and_takes_its_gate(use_sc, g
     block = EquivariantProductBasisBlock(irreps, irreps, correlation=2, use_sc=use_sc, num_elements=3)
     inputs = (torch.randn(4, 2, 4), torch.randn(4, 8) if given else None, torch.eye(3)[[0, 2, 1, 0]])
     h = block(*inputs)
-    expected = oracle(gate_block(block).adapter, irreps, irreps, "exp", h, h)
+    expected = oracle(gate_block(block).adapter, irreps, irreps, "bounded", h, h)
     assert isinstance(block, GatedProduct)
     torch.testing.assert_close(block(*inputs).double(), expected, rtol=1e-5, atol=1e-5)
 

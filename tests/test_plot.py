@@ -69,7 +69,7 @@ def test_gains_that_are_set_by_hand():
         assert result["blocks"]["products.0"]["2e"][element] == pytest.approx({k: 10 * v for k, v in box.items()})
 
 
-@pytest.mark.parametrize("gate, dtype", [("exp", torch.float32), ("residual", torch.float64)])
+@pytest.mark.parametrize("gate, dtype", [("exp", torch.float32), ("bounded", torch.float64)])
 def test_gains_follow_the_equations_by_element_and_irrep(gate, dtype):
     model = adapted("mmea", "interactions.1.linear", gate, max_L=2, dtype=dtype)
     block = model.interactions[1].linear

@@ -158,7 +158,7 @@ OTHER_SETTINGS = {
     "method": ({"peft": "elora"}, "--peft=mmea", "--peft=elora"),
     "rank": ({"peft_rank": 3}, "--peft_rank=2", "--peft_rank=3"),
     "placement": ({"peft_targets": "linears"}, "--peft_targets=products", "--peft_targets=linears"),
-    "gate": ({"peft_gate": "residual"}, "--peft_gate=exp", "--peft_gate=residual"),
+    "gate": ({"peft_gate": "exp"}, "--peft_gate=bounded", "--peft_gate=exp"),
     "alpha": ({"peft_alpha": 9, "peft_targets": "published"}, "--peft_alpha=2.0", "--peft_alpha=9.0"),
     "train_also": ({"peft_train_also": "readouts.*"}, "--peft=mmea", "--peft_train_also=readouts.*"),
 }

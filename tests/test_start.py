@@ -196,7 +196,7 @@ def refusal(trained, capsys):
 @pytest.mark.parametrize("options, words", [
     ({"peft": "elora"}, ["--peft elora differs from the mmea"]),
     ({"peft": "mmea", "peft_rank": 3}, ["--peft_rank 3 differs from the 2", "give 2"]),
-    ({"peft": "mmea", "peft_gate": "residual"}, ["--peft_gate residual differs from the exp"]),
+    ({"peft": "mmea", "peft_gate": "exp"}, ["--peft_gate exp differs from the bounded"]),
     ({"peft": "mmea", "peft_targets": "linears"}, ["products.0.adapter.W1", "unknown"]),
     ({}, ["--peft_adapter", "no effect without --peft"]),
 ], ids=["method", "rank", "gate", "targets", "no --peft"])

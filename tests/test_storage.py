@@ -131,6 +131,7 @@ def test_the_config_describes_the_run(base, tmp_path):
         "E0s": [[-1.0, -2.0, -3.0]],
         "scale": [0.8],
         "shift": [0.1],
+        "gains": None,
         "dtype": "float64",
         "versions": {"mace_peft": mace_peft.__version__, "mace": mace.__version__, "e3nn": e3nn.__version__,
                      "torch": torch.__version__},

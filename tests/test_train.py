@@ -38,6 +38,7 @@ from runs import (
 from tiny import configurations, predict
 
 from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
+from mace_peft.methods.mmea import BOUND
 from mace_peft.model.adapted import fingerprint
 from mace_peft.model.targets import find_targets, unit
 from mace_peft.train.checkpoints import measures
@@ -81,7 +82,7 @@ CASES = {
         ("--swa",), {"start_swa": 1, "E0s": ESTIMATED},
     ),
     "mmea-published": Case(
-        FEWER_ELEMENTS, {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "peft_gate": "residual"},
+        FEWER_ELEMENTS, {"peft": "mmea", "peft_rank": 2, "peft_targets": "published", "peft_gate": "exp"},
         more={"E0s": E0S[FEWER_ELEMENTS]},
     ),
     "elora-published": Case(
@@ -388,7 +389,7 @@ def test_a_run_leaves_model_and_data_to_nobody(inputs):
 # --- settings reach the model -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate, gain", [("exp", np.exp(0.5)), ("residual", 1.5)])
+@pytest.mark.parametrize("gate, gain", [("exp", np.exp(0.5)), ("bounded", np.exp(BOUND * np.tanh(0.5 / BOUND)))])
 def test_the_gate_reaches_the_model(inputs, gate, gain):
     options = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_gate": gate}
     adapter = reach_training(inputs, **options)["model"].products[0].adapter

@@ -49,6 +49,7 @@ FIELDS = {
     "E0s": (AtMost(50, [NUMBERS]), None),
     "scale": (NUMBERS, None),
     "shift": (NUMBERS, None),
+    "gains": (AtMost(5000, {NAME: {"low": float, "high": float}}), None),
     "dtype": DTYPES,
     "versions": AtMost(20, {NAME: NAME}),
     "tensors": SHA256,
@@ -72,6 +73,7 @@ def describe(model: nn.Module) -> dict:
         "backbone": backbone.name,
         **backbone.describe(model),
         **{field: held[field].tolist() if field in held else None for field in ("E0s", "scale", "shift")},
+        "gains": model.peft_gains,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one},
     }

@@ -51,6 +51,7 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
             inject(model, config, source)
             fill(model, tensors, complete=True)
             set_energies(model, description)
+            model.peft_gains = description["gains"]
             become(foundation, model)
             keep_parameters(foundation, learnt)
     except PeftError as error:

@@ -43,6 +43,10 @@ class Backbone:
         """Names and values of the buffers that a run sets: E0s, scale and shift (eV), if it has such."""
         return {}
 
+    def isolated_atoms(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Atoms without neighbours as the model takes them, one of each element for each head; None: it has no E0s."""
+        return None
+
     def is_narrowed(self, foundation: nn.Module, description: dict) -> bool:
         """Whether the model has the elements and heads of that description."""
         return True

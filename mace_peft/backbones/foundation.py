@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.data import chemical_symbols
+from mace import data
 from mace.calculators import foundations_models
-from mace.tools import AtomicNumberTable
+from mace.tools import AtomicNumberTable, torch_geometric
 from mace.tools.finetuning_utils import load_foundations_elements
 from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
 from torch import nn
@@ -178,13 +181,28 @@ def single_head(foundation: nn.Module, head: str | None) -> nn.Module:
         return remove_pt_head(foundation, head).to(next(foundation.parameters()).device)
 
 
+def default_dtype_of(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return dtype_for_building(next(model.parameters()).dtype)
+
+
 @contextlib.contextmanager
-def default_dtype_of(model: nn.Module) -> Iterator[None]:
-    """MACE builds models and batches in torch's default dtype: make it the model's, for one thread at a time."""
+def dtype_for_building(dtype: torch.dtype) -> Iterator[None]:
+    """MACE builds models and batches in torch's default dtype: make it this one, for one thread at a time."""
     with BUILDING:
         before = torch.get_default_dtype()
-        torch.set_default_dtype(next(model.parameters()).dtype)
+        torch.set_default_dtype(dtype)
         try:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+@functools.lru_cache(maxsize=16)
+def isolated_atoms(elements: tuple[int, ...], heads: tuple[str, ...], dtype: torch.dtype, device: torch.device
+                   ) -> dict[str, torch.Tensor]:
+    """An atom of each element (atomic number) for each head, without neighbours: a batch as MACE's models take it."""
+    table, cutoff = AtomicNumberTable(list(elements)), 1.0  # A; no atom is near another
+    with dtype_for_building(dtype):
+        alone = [data.config_from_atoms(Atoms([element]), head_name=head) for head in heads for element in elements]
+        atoms = [data.AtomicData.from_config(one, table, cutoff, heads=list(heads)) for one in alone]
+        return torch_geometric.batch.Batch.from_data_list(atoms).to(device).to_dict()

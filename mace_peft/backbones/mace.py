@@ -4,7 +4,7 @@ from mace.modules.blocks import EquivariantProductBasisBlock, InteractionBlock
 from torch import Tensor, nn
 
 from mace_peft.backbones.e3nn import LINEARS, PUBLISHED, Backbone
-from mace_peft.backbones.foundation import first_E0s, rebuild, single_head, with_heads
+from mace_peft.backbones.foundation import first_E0s, isolated_atoms, rebuild, single_head, with_heads
 from mace_peft.blocks import mace
 from mace_peft.errors import PeftError
 
@@ -49,6 +49,13 @@ class Mace(Backbone):
     def constants(self, model: nn.Module) -> dict[str, tuple[str, Tensor]]:
         buffers = dict(model.named_buffers())
         return {field: (name, buffers[name]) for field, name in CONSTANTS.items() if name in buffers}
+
+    def isolated_atoms(self, model: nn.Module) -> dict[str, Tensor] | None:
+        if not hasattr(model, "atomic_energies_fn"):
+            return None
+        weight = next(model.parameters())
+        atoms = isolated_atoms(tuple(model.atomic_numbers.tolist()), tuple(model.heads), weight.dtype, weight.device)
+        return atoms | {"positions": atoms["positions"].clone()}  # of which MACE asks for gradients
 
     def is_narrowed(self, foundation: nn.Module, description: dict) -> bool:
         heads = list(with_heads(foundation).heads)

@@ -20,7 +20,8 @@ from mace_peft.backbones.foundation import load_foundation
 from mace_peft.blocks.adapted import Updated, adapted_blocks, weights_of
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import REMEDY, check_regular, write_complete
-from mace_peft.inspect.gains import constant_gains, gain_statistics, gates_with_gains
+from mace_peft.inspect.gain_ranges import gates_with_gains
+from mace_peft.inspect.gains import constant_gains, gain_statistics
 from mace_peft.inspect.spectra import update_spectra
 from mace_peft.methods import METHODS
 

@@ -1,6 +1,5 @@
 """The gains that an adapter has learnt, as plain values: those of gates at the atoms of structures, and constants."""
 
-import contextlib
 import itertools
 
 import numpy as np
@@ -16,6 +15,7 @@ from mace_peft.backbones.foundation import default_dtype_of, symbols
 from mace_peft.blocks.adapted import adapted_blocks, adapters_of
 from mace_peft.e3nn import o3
 from mace_peft.errors import PeftError
+from mace_peft.inspect.gain_ranges import gates_with_gains, watched
 from mace_peft.methods import MMEA
 from mace_peft.methods.mmea import SCALAR
 from mace_peft.model.adapted import check_adapted
@@ -42,26 +42,14 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
         raise PeftError(f"<method> {config.method} with <targets> {config.targets} has no gates with gains to draw: "
                         "draw an adapter of mmea or gates, with targets that give irreps other than 0e")
     check_structures(model, structures)
-    gains: dict[MMEA, list[np.ndarray]] = {gate: [] for gate in names}
-
-    def listen(gate: MMEA, inputs: tuple[Tensor, Tensor]) -> None:
-        gains[gate].append(gate.coefficients(inputs[0])[0].cpu().numpy())
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for gate in names:
-            hooks.callback(gate.register_forward_pre_hook(listen).remove)
+    gains: dict[str, list[np.ndarray]] = {name: [] for name in names.values()}
+    with torch.no_grad(), watched(model, lambda name, found: gains[name].append(found.cpu().numpy())):
         for start in trange(0, len(structures), BATCH, desc="gains", unit="batch", disable=None):
             model(batch(model, structures[start : start + BATCH]), training=False, compute_force=False)
     numbers = np.concatenate([structure.numbers for structure in structures])
     atoms = {chemical_symbols[number]: int((numbers == number).sum()) for number in np.unique(numbers)}
-    blocks = {name: distributions(name, gate, gains[gate], numbers) for gate, name in names.items()}
+    blocks = {name: distributions(name, gate, gains[name], numbers) for gate, name in names.items()}
     return {"peft": config.to_dict(), "structures": len(structures), "atoms": atoms, "blocks": blocks}
-
-
-def gates_with_gains(model: nn.Module) -> dict[MMEA, str]:
-    """The gates of an adapted model that have gains, and the names of their modules."""
-    return {gate: name if what == "output" else f"{name}, {what}" for name, block in adapted_blocks(model).items()
-            for what, gate in adapters_of(block).items() if gate.on_features and gate.b2.numel()}
 
 
 def check_structures(model: nn.Module, structures: list[Atoms]) -> None:

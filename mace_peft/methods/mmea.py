@@ -9,20 +9,24 @@ from mace_peft.errors import check_choice
 from mace_peft.methods.adapter import Adapter
 
 SCALAR = o3.Irrep("0e")
-GATES = ("exp", "bounded", "residual")
-BOUND = 1.0  # of the logarithm of a bounded gain
+GATES = ("bounded", "exp")
+BOUND = 0.5  # of the logarithm of a bounded gain
 
 
 class MMEA(Adapter):
     """A gate on features: scales each channel by a gain that scalars drive; directions and channels are never mixed.
 
-        z    = SiLU(s W1 + b1)        s: the 0e channels of irreps_in; z: (..., rank)
         h'   = phi(z W2 + b2) * h     one gain per channel of every irrep that is not 0e, shared by its 2l+1 components
-        h'_0 = h_0 + z W0 + b0        0e channels are shifted
+        h'_0 = h_0 + z W0 + u b0      0e channels are shifted
 
-    phi is exp (``gate="exp"``, as published) or 1 + x (``residual``). A gain of ``bounded`` lies between exp(-c) and
-    exp(c) wherever an atom is, with phi(x) = exp(c tanh(x / c)) and c = BOUND; it has no b0 but -SiLU(b1) W0, so that
-    nothing is shifted where all scalars vanish, as those of an atom without neighbours do.
+    s are the 0e channels of irreps_in, z is (..., rank). As published (``gate="exp"``):
+
+        z = SiLU(s W1 + b1)                     phi(g) = exp(g)                 u = 1
+
+    That has no bound away from the training data, and shifts the energy of an atom without neighbours, whose scalars
+    vanish. Both are mended where the gate is ``bounded``, with c = BOUND:
+
+        z = tanh(s W1 + b1) - tanh(b1)          phi(g) = exp(c tanh(g / c))     u = |s|^2 / (1 + |s|^2)
 
     A 0o channel is multiplied: a shift would break parity. All weights start at zero, but W1 (uniform, as in nn.Linear)
     and W0 (N(0, init_std)): with init_std = 0, h' = h.
@@ -36,7 +40,7 @@ class MMEA(Adapter):
     settings = ("rank", "gate", "init_std")
     on_features = True
 
-    def __init__(self, irreps_in, irreps_out, rank: int, gate: str = "exp", init_std: float = 0.0):
+    def __init__(self, irreps_in, irreps_out, rank: int, gate: str = "bounded", init_std: float = 0.0):
         super().__init__()
         check_choice("<gate>", gate, GATES)
         irreps_in, irreps_out = o3.Irreps(irreps_in), o3.Irreps(irreps_out)
@@ -50,7 +54,7 @@ class MMEA(Adapter):
         self.W2 = nn.Parameter(torch.zeros(rank, gains))
         self.b2 = nn.Parameter(torch.zeros(gains))
         self.W0 = nn.Parameter(init_std * torch.randn(rank, shifts))
-        self.b0 = None if gate == "bounded" else nn.Parameter(torch.zeros(shifts))
+        self.b0 = nn.Parameter(torch.zeros(shifts))
         # for each block of the irreps, its columns in x or h, and how many scalars, gains or shifts it has
         self.sizes_in = [mul * ir.dim for mul, ir in irreps_in]
         self.scalars = [mul if ir == SCALAR else 0 for mul, ir in irreps_in]
@@ -66,22 +70,19 @@ class MMEA(Adapter):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
-        s = [x[..., :0]]
+        blocks = [x[..., :0]]
         for x_l, scalars in zip(x.split(self.sizes_in, -1), self.scalars):  # noqa: B905  TorchScript
             if scalars > 0:
-                s.append(x_l)
-        z = silu(torch.cat(s, -1) @ self.W1 + self.b1)
-        return self.gain(z @ self.W2 + self.b2), self.shift(z)
-
-    def gain(self, g: Tensor) -> Tensor:
-        if self.gate == "bounded":
-            return torch.exp(self.bound * torch.tanh(g / self.bound))
-        return torch.exp(g) if self.gate == "exp" else 1 + g
-
-    def shift(self, z: Tensor) -> Tensor:
-        if self.b0 is None:
-            return (z - silu(self.b1)) @ self.W0
-        return z @ self.W0 + self.b0
+                blocks.append(x_l)
+        s = torch.cat(blocks, -1)
+        y = s @ self.W1 + self.b1
+        if self.gate == "exp":
+            z = silu(y)
+            return torch.exp(z @ self.W2 + self.b2), z @ self.W0 + self.b0
+        z = torch.tanh(y) - torch.tanh(self.b1)
+        surrounded = (s * s).sum(-1, keepdim=True)
+        gain = torch.exp(self.bound * torch.tanh((z @ self.W2 + self.b2) / self.bound))
+        return gain, z @ self.W0 + surrounded / (1 + surrounded) * self.b0
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gain, shift = self.coefficients(x)

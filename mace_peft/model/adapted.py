@@ -21,12 +21,14 @@ from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Updated, adapted_blocks, over, plain, put_in
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
+from mace_peft.model import isolated
 from mace_peft.model.fingerprint import digest
 from mace_peft.model.targets import Target, find_parameters, find_targets
 from mace_peft.restore import restore
 
 # the classes that live models have
 CLASSES: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
+UNKNOWN = ...  # which is one object in every process
 # the models whose adapters are off in this context
 SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", default=())
 
@@ -35,19 +37,26 @@ class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
     With the class come the settings, ``peft_config``, and ``peft_folded``: whether low-rank updates were folded into
-    the base while gates stayed. The model has ``peft_foundation``, what it started from (a dict of name, head and
-    fingerprint; None is its own base, see ``origin``); ``peft_base``, by which it knows its base again; and
-    ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
-    as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift are those
-    of its base.
+    the base while gates stayed. The model has
+
+    - ``peft_foundation``, what it started from (a dict of name, head and fingerprint; None is its own base, see
+      ``origin``), and ``peft_base``, by which it knows its base again;
+    - ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
+      as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift are
+      those of its base;
+    - ``peft_isolated``, see ``of_isolated_atoms``;
+    - ``peft_gains``, the gains of its gates on the training set, see ``mace_peft.inspect.gain_ranges``; or None.
     """
 
     is_made_here = True
     peft_folded = False
+    __jit_unused_properties__ = ("__e3nn_compile_mode__",)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.peft_foundation = self.peft_base = None
+        self.peft_isolated = UNKNOWN
+        self.peft_gains = None
         if backbone_of(self).backend(self) == "cuEquivariance":
             self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
         else:
@@ -72,7 +81,16 @@ class AdaptedModel(nn.Module):
     def __call__(self, *args, **kwargs):
         if any(model is self for model in SWITCHED_OFF.get()):
             return base_of(self)(*args, **kwargs)
+        of_base = of_isolated_atoms(self)
+        if of_base is not None:
+            E0s = isolated.E0s(self) - isolated.drift(self, of_base)
+            return over(self, {isolated.E0S: E0s})(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    @property
+    def __e3nn_compile_mode__(self):
+        """TorchScript compiles ``forward``, and the energies of isolated atoms are put right before: settle these."""
+        return "unsupported" if of_isolated_atoms(self) is not None else "script"
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -111,6 +129,7 @@ def settle(model: nn.Module, config: PeftConfig, foundation: dict | None, folded
     model.__class__ = adapted_model_class(plain(model), config, folded)
     model.peft_foundation = foundation
     model.peft_base = base_digest(model)
+    model.peft_isolated = UNKNOWN
 
 
 def origin(model: AdaptedModel) -> dict:
@@ -174,10 +193,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def base_of(model: AdaptedModel) -> nn.Module:
     """The base as a plain model of its own, which shares its tensors with the adapted one."""
     tensors = {name: parameter for name, parameter in model.named_parameters() if ".adapter." not in name}
-    for name, block in adapted_blocks(model).items():  # of E0s there are no parameters
+    for name, block in adapted_blocks(model).items():
         tensors |= {f"{name}.{key}": buffer for key, buffer in block._buffers.items()}
     held = tensors | dict(model.named_buffers())
     return over(model, tensors | {name: original.to(held[name]) for name, original in known_originals(model).items()})
+
+
+def of_isolated_atoms(model: AdaptedModel) -> torch.Tensor | None:
+    """What the base adds to the E0s of atoms without neighbours (eV); None where no adapter changes it.
+
+    None also for ``exp``, the published gate, whose predictions are the published ones, shift of such atoms included.
+    """
+    if model.peft_isolated is UNKNOWN:
+        model.peft_isolated = None if model.peft_config.gate == "exp" else isolated.kept_by(base_of(model))
+    return model.peft_isolated
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,13 +11,16 @@ from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Updated, adapted_blocks, adapters_of, plain, take_out
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
+from mace_peft.model import isolated
 from mace_peft.model.adapted import (
     add_adapters,
+    base_of,
     check_adapted,
     check_switched_on,
     fingerprint,
     is_adapted,
     known_originals,
+    of_isolated_atoms,
     settle,
     trainable_parameters,
 )
@@ -39,7 +42,7 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     originals = {name: model.get_parameter(name).detach().clone() for name in
                  find_parameters(model, config.train_also)}
     add_adapters(model, targets, config)
-    model.peft_originals = originals
+    model.peft_originals, model.peft_gains = originals, None
     settle(model, config, foundation)
     return freeze(model)
 
@@ -163,11 +166,14 @@ def fold(model: nn.Module) -> nn.Module:
         if not all(torch.isfinite(weight).all() for weight in block.adapted_weights().values()):
             raise PeftError(f"the adapter of {name} makes weights of NaN or infinity, so that it is not folded into "
                             "them: train again with a lower --lr")
+    of_base = of_isolated_atoms(model)
     for block in updated.values():
         block.fold()
         take_out(block)
     retire(learnt.values(), model)
     gates = adapted_blocks(model)
+    if updated and of_base is not None:  # by gates that stay, isolated atoms are put right anew
+        model.get_buffer(isolated.E0S).sub_(isolated.drift(base_of(model) if gates else model, of_base))
     if not gates:
         return forget(model)
     if updated:
@@ -182,8 +188,17 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def settle_isolated_atoms(model: nn.Module) -> nn.Module:
+    """Put the energies of isolated atoms right by the E0s, for a model that does not train any more. Returns it."""
+    if is_adapted(model) and of_isolated_atoms(model) is not None:
+        model.get_buffer(isolated.E0S).sub_(isolated.drift(model, of_isolated_atoms(model)))
+        model.peft_isolated = None
+    return model
+
+
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is a plain one again."""
-    del model.peft_originals, model.peft_foundation, model.peft_base
+    del model.peft_originals, model.peft_foundation, model.peft_base, model.peft_isolated, model.peft_gains
     model.__class__ = plain(model)
     return model.requires_grad_(True)

@@ -14,6 +14,7 @@ from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
 from mace_peft.fast.tensor_product import split_messages
 from mace_peft.files import complete
+from mace_peft.inspect.gain_ranges import gain_ranges
 from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
 from mace_peft.model.ranks import choose_ranks
@@ -225,6 +226,7 @@ class FineTune:
         for stage_two in (False, True)[:len(progress.stages)]:
             if arguments["rank"] == 0:
                 with self.checkpoints.result_in(self.model, stage_two):
+                    self.plain.peft_gains = gain_ranges(self.model, arguments["train_loader"])
                     self.save(stage_two)
 
     def save(self, stage_two: bool) -> nn.Module:

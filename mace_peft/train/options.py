@@ -24,7 +24,7 @@ OPTIONS = {
     "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
     "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
                     "module names (default: the method's)",
-    "peft_gate": "gain of a gate: exp, bounded or residual (default: exp)",
+    "peft_gate": "gain of a gate: bounded, or exp as published (default: bounded)",
     "peft_init_std": "std of a gate's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",

@@ -16,7 +16,7 @@ from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.contraction import contract_as_mace
 from mace_peft.fast.tensor_product import split_messages
 from mace_peft.files import complete, one_line_errors
-from mace_peft.model.inject import fold, freeze
+from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
 from mace_peft.train.options import adapter_directory, model_path
 from mace_peft.train.progress import Progress
 
@@ -55,7 +55,7 @@ class Results:
         """MACE hides a model that does not compile: say so."""
         try:
             with contract_as_mace():
-                return self.original.jit.compile(model)
+                return self.original.jit.compile(settle_isolated_atoms(model))  # a copy of MACE's
         except Exception as error:
             logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")
             raise
