@@ -1,11 +1,13 @@
 """``mace_run_train --peft`` on foundations of every family: it fine-tunes them, or says which it cannot."""
 
+import json
 import sys
 
 import ase.io
 import mace  # noqa: F401  before e3nn
 import pytest
 import torch
+from ase import Atoms
 from mace import modules
 from runs import E0S, FEWER_ELEMENTS, MOLECULE, fork, train_here, write_inputs
 from test_families import (
@@ -20,6 +22,7 @@ from test_families import (
 from tiny import batch, configurations, predict, tiny_mace
 
 from mace_peft import load_adapter
+from mace_peft.model.isolated import interaction_energies
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -86,7 +89,21 @@ def assert_fine_tunes(folder, foundation, *flags, elements=None, **options):
         assert (a - b).norm() <= 1e-10 * b.norm()
     losses = [line["loss"] for line in run.metrics if line["mode"] == "eval"]
     assert losses[-1] < losses[0]
+    assert_isolated_atoms_are_kept(run, foundation, loaded)
     return run
+
+
+def assert_isolated_atoms_are_kept(run, foundation, loaded):
+    """An atom without neighbours has the run's E0 and what the foundation adds."""
+    elements = loaded.atomic_numbers.tolist()
+    alone = [Atoms([element]) for element in elements]
+    E0s = json.loads((run.adapter() / "adapter_config.json").read_text())["E0s"][0]
+    adds = dict(zip(foundation.atomic_numbers.tolist(), torch.atleast_2d(interaction_energies(foundation))[0].tolist(),
+                    strict=True))
+    expected = torch.tensor([E0 + adds[element] for E0, element in zip(E0s, elements, strict=True)],
+                            dtype=torch.float64)
+    for model in (loaded, run.model()):
+        torch.testing.assert_close(predict(model, alone)[0], expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", families(*{"scalars only", "max_L 2", "max_L 3", "density", "repulsion", "non-linear",
