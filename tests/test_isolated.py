@@ -8,7 +8,15 @@ import torch
 from ase import Atoms
 from tiny import ELEMENTS, batch, configurations, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, disable_adapter, eject, inject, load_adapter, save_adapter
+from mace_peft import (
+    PeftConfig,
+    disable_adapter,
+    eject,
+    inject,
+    load_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.methods import METHODS
 from mace_peft.model.adapted import adapted_blocks
@@ -106,3 +114,24 @@ def test_training_sees_the_energies_that_are_predicted():
     output["energy"].sum().backward()
     for parameter in model.parameters():
         assert parameter.grad is None or parameter.grad.abs().max() < 1e-12
+
+
+def test_E0s_that_train_along_are_those_of_isolated_atoms():
+    model = inject(tiny_mace(), PeftConfig("mmea", rank=2, train_also="atomic_energies_fn.*"))
+    shift = model.atomic_energies_fn.adapter.s["atomic_energies"]
+    with torch.no_grad():
+        shift += 0.1 * torch.arange(1, 4)
+    energies, _ = predict(model, alone())
+    with disable_adapter(model):
+        assert_same(energies, predict(model, alone())[0] + shift.flatten())
+    assert set(trainable_parameters(model)) >= {"atomic_energies_fn.adapter.s.atomic_energies"}
+    folded = fold(copy.deepcopy(model))
+    assert_same(predict(folded, alone())[0], energies)
+    assert folded.peft_config.train_also is None
+    assert_same(predict(pickled(folded), alone())[0], energies)
+
+
+def test_published_counts_have_no_E0s():
+    for method in ("mmea", "elora"):
+        names = trainable_parameters(inject(tiny_mace(), PeftConfig(method, targets="published", rank=2)))
+        assert not any("atomic_energies" in name for name in names)

@@ -38,7 +38,6 @@ class AdaptedModel(nn.Module):
 
     With the class come the settings, ``peft_config``, and ``peft_folded``: whether low-rank updates were folded into
     the base while gates stayed. The model has
-
     - ``peft_foundation``, what it started from (a dict of name, head and fingerprint; None is its own base, see
       ``origin``), and ``peft_base``, by which it knows its base again;
     - ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
@@ -190,13 +189,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         SWITCHED_OFF.reset(before)
 
 
-def base_of(model: AdaptedModel) -> nn.Module:
-    """The base as a plain model of its own, which shares its tensors with the adapted one."""
+def base_of(model: AdaptedModel, originals: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    """The base as a plain model of its own, which shares its tensors with the adapted one, but for the originals."""
+    originals = known_originals(model) if originals is None else originals
     tensors = {name: parameter for name, parameter in model.named_parameters() if ".adapter." not in name}
     for name, block in adapted_blocks(model).items():
         tensors |= {f"{name}.{key}": buffer for key, buffer in block._buffers.items()}
     held = tensors | dict(model.named_buffers())
-    return over(model, tensors | {name: original.to(held[name]) for name, original in known_originals(model).items()})
+    return over(model, tensors | {name: original.to(held[name]) for name, original in originals.items()})
 
 
 def of_isolated_atoms(model: AdaptedModel) -> torch.Tensor | None:
@@ -205,7 +205,10 @@ def of_isolated_atoms(model: AdaptedModel) -> torch.Tensor | None:
     None also for ``exp``, the published gate, whose predictions are the published ones, shift of such atoms included.
     """
     if model.peft_isolated is UNKNOWN:
-        model.peft_isolated = None if model.peft_config.gate == "exp" else isolated.kept_by(base_of(model))
+        known = {name: original for name, original in model.peft_originals.items() if original is not None}
+        model.peft_isolated = None if model.peft_config.gate == "exp" else isolated.kept_by(base_of(model, known))
+        if model.peft_isolated is not None:
+            known_originals(model)  # raises if one is lost
     return model.peft_isolated
 
 

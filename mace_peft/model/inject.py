@@ -180,7 +180,9 @@ def fold(model: nn.Module) -> nn.Module:
         convolutions = {receiver: name for name, receiver in backbone_of(model).receivers(model).items()}
         # the layer that takes messages has the gates of a convolution if that is the target
         targets = [convolutions[name] if "messages" in adapters_of(block) else name for name, block in gates.items()]
-        config = dataclasses.replace(model.peft_config, targets=",".join(targets), alpha=None)  # that of the updates
+        along = ",".join(name for name, _ in model.named_parameters() if name in model.peft_originals)  # without E0s
+        config = dataclasses.replace(model.peft_config, targets=",".join(targets), alpha=None,  # that of the updates
+                                     train_also=along or None)
         if config.rank_pattern is not None:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)

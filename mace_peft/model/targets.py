@@ -14,7 +14,7 @@ from mace_peft.blocks.adapted import Adapted, Updated, weights_of
 from mace_peft.blocks.operation import Operation, operation_of
 from mace_peft.config import PeftConfig, split_patterns
 from mace_peft.errors import PeftError, did_you_mean
-from mace_peft.methods import Adapter
+from mace_peft.methods import Adapter, Full
 
 
 class Target(NamedTuple):
@@ -92,8 +92,15 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
                 raise PeftError(no_match(model, pattern, config, backbone, list(adaptable)))
             found |= matched
     targets = gate_where_received(model, {name: adaptable[name] for name in found}, backbone)
+    targets |= {name: Target(operations[name], Full) for name in trained_E0s(operations, config) if name not in targets}
     targets = {name: targets[name] for name in operations if name in targets}
     return targets if config.rank_pattern is None else with_chosen_ranks(targets, config)
+
+
+def trained_E0s(operations: dict[str, Operation | None], config: PeftConfig) -> list[str]:
+    """The blocks of E0s whose E0s ``train_also`` names: they take a shift, for they are no parameters."""
+    return [name for name, operation in operations.items() if operation and operation.role == "energies"
+            and any(fnmatchcase(f"{name}.atomic_energies", pattern) for pattern in split_patterns(config.train_also))]
 
 
 def with_chosen_ranks(targets: dict[str, Target], config: PeftConfig) -> dict[str, Target]:
@@ -158,15 +165,16 @@ def unit(model: nn.Module, name: str) -> str:
 
 
 def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
-    """Names of the base parameters that ``train_also`` names.
+    """Names of the base parameters that ``train_also`` names; not those of E0s, see ``trained_E0s``.
 
     Raises PeftError for a pattern that matches none.
     """
     # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
     names = [name for name, parameter in model.named_parameters() if parameter.numel()]
     wanted = split_patterns(patterns)
+    E0s = [name for name, _ in model.named_buffers() if name.endswith(".atomic_energies")]
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in (*names, *E0s)):
             raise PeftError(f"<train_also> {pattern!r:.200} matches no parameter of the model"
                             f"{did_you_mean(pattern, names)}: use glob patterns such as 'readouts.*'")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]

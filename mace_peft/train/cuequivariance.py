@@ -8,7 +8,7 @@ from torch import nn
 from mace_peft.blocks.adapted import adapted_blocks
 from mace_peft.blocks.cuequivariance import carry_over
 from mace_peft.errors import PeftError, one_line
-from mace_peft.model.adapted import adapted_model_class, trainable_parameters
+from mace_peft.model.adapted import adapted_model_class, of_isolated_atoms, trainable_parameters
 
 
 def accelerate(model: nn.Module, base: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -30,7 +30,8 @@ def accelerate(model: nn.Module, base: nn.Module, convert: Callable[[nn.Module],
     carry_over(adapted_blocks(model), base, accelerated)
     accelerated.peft_originals = dict.fromkeys(model.peft_originals)
     accelerated.__class__ = adapted_model_class(type(accelerated), model.peft_config)
-    accelerated.peft_foundation = accelerated.peft_base = None
+    accelerated.peft_foundation = accelerated.peft_base = accelerated.peft_gains = None
+    accelerated.peft_isolated = of_isolated_atoms(model)
     return copy_trained(model, accelerated)
 
 

@@ -33,7 +33,7 @@ from mace_peft.train.not_finite import FiniteLosses
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
-from mace_peft.train.start import Start, check_heads, go_on
+from mace_peft.train.start import Start, check_heads, go_on, let_fitted_E0s_train
 
 
 class FineTune:
@@ -154,6 +154,7 @@ class FineTune:
         if atomic_energies is not None:
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [self.reading.given(head) for head in heads])
+        self.start.config = let_fitted_E0s_train(self.start.config, args, self.reading.E0s.values())
         if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
             look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
             self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
@@ -226,12 +227,11 @@ class FineTune:
         for stage_two in (False, True)[:len(progress.stages)]:
             if arguments["rank"] == 0:
                 with self.checkpoints.result_in(self.model, stage_two):
-                    self.plain.peft_gains = gain_ranges(self.model, arguments["train_loader"])
-                    self.save(stage_two)
+                    self.save(stage_two, gain_ranges(self.model, arguments["train_loader"]))
 
-    def save(self, stage_two: bool) -> nn.Module:
+    def save(self, stage_two: bool, gains: dict | None = None) -> nn.Module:
         """Save the adapter and the model that the stage has trained; returns the model."""
-        plain = self.plain
+        plain, self.plain.peft_gains = self.plain, gains
         if self.model is not plain:
             from mace_peft.train.cuequivariance import copy_trained
 

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import dataclasses
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,13 +13,14 @@ from torch import nn
 from mace_peft.adapter.description import describe
 from mace_peft.adapter.load import fill, load_adapter
 from mace_peft.backbones.foundation import load_foundation, symbols
-from mace_peft.config import PeftConfig
+from mace_peft.config import PeftConfig, split_patterns
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
 from mace_peft.train.foundation_head import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 
+E0S, FITTED = "atomic_energies_fn.atomic_energies", {"average", "estimated"}
 OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each
 
 
@@ -120,6 +123,19 @@ def go_on(model: nn.Module, config: PeftConfig, source: dict, adapted: nn.Module
         raise PeftError(f"the run has {symbols(elements)}, and adapters that it starts from hold something for each of "
                         f"{symbols(known)}: add --atomic_numbers=\"{known}\", and E0s for them") from error
     return [name for name in trainable_parameters(model) if name not in tensors]
+
+
+def let_fitted_E0s_train(config: PeftConfig, args: argparse.Namespace, asked: Iterable[object]) -> PeftConfig:
+    """The settings with E0s that train along, where these were fitted to the data at the start.
+
+    No other weight moves energies and leaves forces, so that energies are right as early as forces are. E0s that were
+    given stay, and with ``exp`` all is as published. asked: what each head asks for, see ``asked_E0s``.
+    """
+    if config.gate == "exp" or args.enable_cueq or not set(map(str, asked)) <= FITTED:
+        return config
+    logging.info("The E0s, which were fitted to the data, train along: those of --E0s with numbers would stay")
+    patterns = dict.fromkeys((*split_patterns(config.train_also), E0S))
+    return dataclasses.replace(config, train_also=",".join(patterns))
 
 
 def check_elements(elements: list[int], known: list[int], adapted: bool) -> None:
