@@ -20,6 +20,7 @@ from mace_peft.train import plugin
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ["fine-tune", "share", "deploy", "choose", "python"]  # the later use what the first leaves
 TABLES = {"compatibility", "gains", "performance", "results"}  # nothing in them to run; they have tests of their own
+CONSUMERS = {"consumers"}  # needs what consumers.py, which runs it, is for
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = {script.name: script.value for script in entry_points(group="console_scripts")
             if script.name.startswith("mace_")}
@@ -70,7 +71,7 @@ def test_what_the_pages_promise_is_there(folder):
 
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
-    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, *TABLES}
+    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, *TABLES, *CONSUMERS}
     for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), (path.name, target)
