@@ -1,4 +1,4 @@
-"""The figures of docs/results.md. Forces in meV/A."""
+"""The figures of docs/results/. Forces in meV/A."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tables and figures of docs/results.md, from what accuracy.py measured. Energies in meV, forces in meV/A."""
+"""The tables and figures of docs/results.md and docs/results/, from what accuracy.py measured.
+
+Energies in meV, forces in meV/A.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,11 @@ from statistics import mean
 
 from accuracy_figures import draw_curves, draw_forgetting, draw_sizes, plt
 from accuracy_results import Results
+from accuracy_summary import at, draw_summary, summary, which, why
 from cells import ABLATED, COMPARED, LADDER, METHODS, MOLECULES, TRAINED, Cell, sweep
 from cells import validation_error as validation
 from pages import DOCS, fill, table, versions
 
-from mace_peft.methods import METHODS as TABLE
-
-# what to answer to "Which method should I use?", and the options of each answer
-WHICH = {"the lowest error from an adapter": "elora linears",
-         "gates by each atom's surroundings, low-rank updates elsewhere": "mmea published",
-         "5 % of the parameters": "small", "under 2 %": "scales", "to compare: MACE's own LoRA": "MACE LoRA"}
 # what was to be reached with few parameters: at most so many times the force error of the other
 AIMS = [("scales", "MACE LoRA", 1.05), ("small", "mmea published", 1.03), ("gates", "mmea published", 1.0)]
 
@@ -27,27 +25,6 @@ def molecules(found: Results) -> str:
     return table(["rMD17, MAE", *header], [
         [method, found.share(method), *(found.shown(found.main(method, data=name), "test", error)
                                         for name in measured for error in ("mae_e", "mae_f"))] for method in COMPARED])
-
-
-def which(found: Results) -> str:
-    """Which method to use: each row has its force error in terms of that of full fine-tuning, over the same data."""
-    common = [name for name in found.data() if all(found.ratio(method, "full", name) for method in WHICH.values())]
-    rows = []
-    for wish, method in WHICH.items():
-        measured = [cell.options() for cell in found.main(method)]
-        settings = {name: f"{measured[0][name]:g}" for name in ("lr", "swa_lr") if measured} | METHODS[method]
-        if "peft_targets" in settings and settings["peft_targets"] == TABLE[settings["peft"]].targets:  # its default
-            del settings["peft_targets"]
-        options = " ".join(f"--{name} {value}" for name, value in settings.items())
-        ratios = [found.ratio(method, "full", name) for name in common]
-        rows.append([wish, f"`{options}`", found.share(method), f"{mean(ratios):.2f}" if ratios else ""])
-    names = ", ".join(map(at, common))
-    return table(["you want", "add", "trains", f"force error on {names}; full fine-tuning = 1"], rows)
-
-
-def at(name: str) -> str:
-    """The data set, with the hottest of its tests."""
-    return "acac at 600 K" if name == "acac" else name
 
 
 def aims(found: Results) -> str:
@@ -179,11 +156,11 @@ def claims(found: Results) -> str:
 
 
 def write_report(results: dict[str, dict]) -> None:
-    """Put the tables between their marks in docs/results.md, and draw the figures, of those that the page has."""
-    found, page = Results(results), (DOCS / "results.md").read_text()
-    fill(DOCS.parent / "README.md", {"which": which(found)})
+    """Put the tables between their marks in README.md, docs/results.md and docs/results/, and draw their figures."""
+    found = Results(results)
+    fill(DOCS.parent / "README.md", {"which": which(found), "why": why(found)})
     parts = {
-        "aims": aims(found),
+        "summary": summary(found), "aims": aims(found),
         "versions": versions([result["environment"] for result in results.values()]),
         "molecules": molecules(found), "acac": acac(found),
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
@@ -192,9 +169,12 @@ def write_report(results: dict[str, dict]) -> None:
         "messages": messages(found),
         "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE", "configurations"),
         "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE", "E0s")}
-    fill(DOCS / "results.md", {name: part for name, part in parts.items() if f"<!-- {name} -->" in page})
-    drawn = {"curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}
+    pages = [DOCS / "results.md", *sorted((DOCS / "results").glob("*.md"))]
+    texts = {page: page.read_text() for page in pages}
+    for page, text in texts.items():
+        fill(page, {name: part for name, part in parts.items() if f"<!-- {name} -->" in text})
+    drawn = {"summary": draw_summary, "curves": draw_curves, "forgetting": draw_forgetting, "sizes": draw_sizes}
     for name, draw in drawn.items():
-        if found.data() and f"accuracy_{name}.png" in page:
+        if found.data() and any(f"accuracy_{name}.png" in text for text in texts.values()):
             draw(found).savefig(DOCS / "figures" / f"accuracy_{name}.png", dpi=110)
     plt.close("all")

@@ -47,13 +47,13 @@ class Results:
         """The data sets that have more than the foundation."""
         return [name for name in DATA if self.main("full", data=name)]
 
-    def ratio(self, method: str, other: str, data: str) -> float | None:
-        """Of their force MAEs on the test set, the hottest of several."""
+    def ratio(self, method: str, other: str, data: str, error: str = "mae_f") -> float | None:
+        """Of their errors on the test set, the hottest of several."""
         cells, others = self.paired(method, other, data)
         if not cells:
             return None
         test = cells[0].tests[-1]
-        return mean(self.values(cells, test, "mae_f")) / mean(self.values(others, test, "mae_f"))
+        return mean(self.values(cells, test, error)) / mean(self.values(others, test, error))
 
     def paired(self, method: str, other: str, data: str) -> tuple[list[Cell], list[Cell]]:
         return self.common(self.main(method, data=data), self.main(other, data=data))

@@ -32,6 +32,24 @@ def title(cell: dict) -> str:
     return f"{cell['model']}, {cell['batch']}, {cell['dtype']}{device}"
 
 
+def summary(cell: dict) -> str:
+    """The defaults in one cell, in terms of full fine-tuning, and of the base for a prediction."""
+    rows = []
+    for title_of, name in (("full fine-tuning", "full"), ("MACE's `--lora`", "MACE LoRA"),
+                           ("`--peft elora`", "elora linears"), ("`--peft mmea`", "mmea published")):
+        predicts = cell["predict"].get(name)
+        rows.append([title_of, spread(ratios(cell["step"], name, "full")), f"{peak(cell, name):.2f}",
+                     f"{100 * cell['checkpoint'][name] / cell['checkpoint']['full']:.0f} %",
+                     spread(ratios(cell["predict"], name, "base")) if predicts else ""])
+    return table([title(cell), "time of a step", "its memory", "checkpoint", "time of a prediction / base"], rows)
+
+
+def peak(cell: dict, name: str) -> float:
+    """Of the memory in a step, with what is held between steps; full fine-tuning is 1."""
+    held, full = (cell["peak"][each] + sum(cell["resident"][each].values()) for each in (name, "full"))
+    return held / full
+
+
 def steps(cells: list[dict]) -> str:
     names = ["full, cheaper", "MACE LoRA", *METHODS]
     return table(["training step / full", "rounds", "full, s", *names],
@@ -70,10 +88,9 @@ def memory(cells: list[dict]) -> str:
         row = [name]
         for cell in cells:
             held, full = cell["resident"][name], cell["resident"]["full"]
-            peak = (cell["peak"][name] + sum(held.values())) / (cell["peak"]["full"] + sum(full.values()))
             state = (held["optimizer"] + held["EMA"]) / (full["optimizer"] + full["EMA"])
             share = cell["parameters"][name] / cell["parameters"]["full"]
-            row += [f"{peak:.2f}", f"{100 * state:.1f} %", f"{100 * share:.1f} %",
+            row += [f"{peak(cell, name):.2f}", f"{100 * state:.1f} %", f"{100 * share:.1f} %",
                     f"{100 * cell['checkpoint'][name] / cell['checkpoint']['full']:.1f} %"]
         rows.append(row)
     columns = ["peak of a step", "optimizer + EMA", "trained parameters", "checkpoint"]
@@ -116,7 +133,8 @@ def write_report(result: dict) -> None:
     """Put the tables between their marks in docs/performance.md, and draw the figure."""
     cells = result["cells"]
     medium = [cell for cell in cells if cell["model"] == "medium" and cell["dtype"] == "float64"] or cells
-    parts = {"versions": versions(cells), "steps": steps(cells), "levers": levers(medium),
+    parts = {"summary": summary(medium[0]), "versions": versions(cells), "steps": steps(cells),
+             "levers": levers(medium),
              "predictions": predictions(cells, "predict"), "TorchScript": predictions(cells, "predict, TorchScript"),
              "memory": memory(medium[:1]), "profile": profile(result)}
     fill(DOCS / "performance.md", parts)

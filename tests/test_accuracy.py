@@ -38,10 +38,15 @@ def docs(benchmark, monkeypatch, tmp_path):
     (folder / "figures").mkdir(parents=True)
     parts = ("versions", "molecules", "acac", "claims", "forgetting", "rates", "sizes", "ranks", "small", "chosen",
              "messages", "ablations", "E0s", "aims")
-    figures = [f"![](figures/accuracy_{name}.png)" for name in ("curves", "forgetting", "sizes")]
-    (folder / "results.md").write_text("\n".join([*(f"<!-- {part} -->\n\n<!-- end of {part} -->" for part in parts),
-                                                 *figures]))
-    (tmp_path / "README.md").write_text("<!-- which -->\n\n<!-- end of which -->")
+    figures = [f"![](figures/accuracy_{name}.png)" for name in ("summary", "curves", "forgetting", "sizes")]
+
+    def marks(*parts: str) -> str:
+        return "\n".join(f"<!-- {part} -->\n\n<!-- end of {part} -->" for part in parts)
+
+    (folder / "results").mkdir()
+    (folder / "results.md").write_text("\n".join([marks("summary"), figures[0]]))
+    (folder / "results" / "all.md").write_text("\n".join([marks(*parts), *figures[1:]]))
+    (tmp_path / "README.md").write_text(marks("which", "why"))
     monkeypatch.setattr(benchmark("pages"), "DOCS", folder)
     return folder
 
@@ -199,7 +204,7 @@ def test_the_report_has_what_was_measured(benchmark, docs):
     results = {cell.key: result(cells, cell, force[cell.method] + 0.002 * cell.seed)
                for name in cells.EXPERIMENTS for cell in cells.EXPERIMENTS[name](swept, rates)} | swept
     report.write_report(results)
-    page = (docs / "results.md").read_text()
+    page, top = ((docs / name).read_text() for name in ("results/all.md", "results.md"))
     assert "| full | 1,000 (100.0 %) | 8.00 ± 1.00 | 16.0 ± 2.0 |" in page  # force[full] = 12, seeds 1 to 3 add 2 to 6
     assert "| MMEA below ELoRA, rMD17, force | 8.7 % | -4.3 % | -13.0 |" in page  # 24 against 23
     assert "| MMEA below ELoRA, AcAc at 600 K, force RMSE | better | -4.3 % |  |" in page
@@ -208,8 +213,10 @@ def test_the_report_has_what_was_measured(benchmark, docs):
     readme = (docs.parent / "README.md").read_text()
     small = "| 5 % of the parameters | `--lr 0.3 --swa_lr 0.06 --peft small` | 10 (1.0 %) | 1.69 |"
     assert small in readme  # 27 against 16
+    assert "| force error, full = 1 | 1.25 | 1.50 | 1.12 | 1.00 |" in readme and "no data set" not in readme
+    assert "| `--peft small` | 10 (1.0 %) | 1.69 | 1.69 to 1.69 | " in top
     assert page.count("**") == 2 * (len(cells.TRAINED) + 18)  # one best learning rate each, and what is missed
-    for name in ("curves", "forgetting", "sizes"):
+    for name in ("summary", "curves", "forgetting", "sizes"):
         assert (docs / "figures" / f"accuracy_{name}.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no marks <!-- nothing -->"):
         benchmark("pages").fill(docs / "results.md", {"nothing": ""})

@@ -72,6 +72,20 @@ def test_what_the_pages_promise_is_there(folder):
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
     assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, *TABLES, *CONSUMERS}
-    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
-            assert (path.parent / target).exists(), (path.name, target)
+    for path in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", *(DOCS.parent / "recipes").rglob("*.md")]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+            there = path.parent / target if target else path
+            assert there.exists(), (path.name, target)
+            assert not anchor or anchor in anchors(there), (path.name, target, anchor)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to its headings end in."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short_and_begins_with_a_command():
+    lines = (DOCS.parent / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert "```" in lines[:15]
