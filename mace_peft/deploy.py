@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from mace_peft.adapter.directory import read_sizes
 from mace_peft.adapter.load import load_adapter
-from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.backbones.foundation import load_foundation
 from mace_peft.e3nn import compile as compile_to_torchscript
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
 from mace_peft.inspect.gain_ranges import Guard

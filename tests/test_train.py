@@ -158,8 +158,8 @@ def test_a_run_succeeds_and_leaves_its_files(finished, name):
     assert left == {stem + end for stem in stems for end in (".model", "_compiled.model", "_adapter")}
     for stage in CASES[name].stages:
         files = {path.name for path in run.adapter(stage).iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert "INFO: Done\n" in run.log and "Result in" in run.log.splitlines()[-1]
+        assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert "INFO: Done\n" in run.log and "In ASE: " in run.log.splitlines()[-1]
     assert "ERROR" not in run.log
 
 

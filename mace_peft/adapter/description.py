@@ -15,6 +15,7 @@ from mace_peft.backbones import backbone_of
 from mace_peft.config import LONGEST_PATTERNS
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import origin
+from mace_peft.model.summary import size_of_base
 
 FORMAT = 1
 
@@ -35,6 +36,25 @@ SHA256 = AtMost(64, str)
 ELEMENT = range(1, 119)
 RANK = range(1, 10**6 + 1)
 TENSORS = AtMost(5000, {NAME: {"dtype": NAME, "shape": AtMost(10, ([], [range(2**31)])), "data_offsets": [int]}})
+COUNT = range(2**53)
+FILES = (AtMost(1000, [NAME]), [])
+ERRORS = AtMost(50, {NAME: float})
+OPTIONS = AtMost(100, {NAME: (NAME, float, range(-2**63, 2**63), bool)})
+# How a run has trained the adapter. heads: names of files, without their folders, and numbers of structures. options:
+# of ``mace_run_train``. epochs: how many the run has come to; best_epoch and stage: whose weights these are, None where
+# they are the start. errors, by set of structures, of the start and of the result: by MACE's names, in eV and A.
+TRAINING = {
+    "date": NAME,
+    "heads": AtMost(50, {NAME: {"E0s": NAME, "train_file": FILES, "valid_file": FILES, "test_file": FILES,
+                                "train": COUNT, "valid": COUNT}}),
+    "loss": NAME,
+    "options": OPTIONS,
+    "epochs": COUNT,
+    "best_epoch": (COUNT, None),
+    "stage": ("one", "two", None),
+    "start": ("foundation", "adapter", "random gates"),
+    "errors": AtMost(1000, {NAME: {"structures": COUNT, "start": ERRORS, "result": ERRORS}}),
+}
 ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
 FIELDS = {
     "format": int,
@@ -51,10 +71,13 @@ FIELDS = {
     "shift": (NUMBERS, None),
     "gains": (AtMost(5000, {NAME: {"low": float, "high": float}}), None),
     "dtype": DTYPES,
+    "base_parameters": COUNT,
     "versions": AtMost(20, {NAME: NAME}),
     "tensors": SHA256,
     "sha256": SHA256,
+    "training": TRAINING,
 }
+OPTIONAL = {"training"}  # no run has saved the adapter
 
 
 def describe(model: nn.Module) -> dict:
@@ -75,6 +98,7 @@ def describe(model: nn.Module) -> dict:
         **{field: held[field].tolist() if field in held else None for field in ("E0s", "scale", "shift")},
         "gains": model.peft_gains,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "base_parameters": size_of_base(model),
         "versions": {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one},
     }
     for name in improper(said):
@@ -106,7 +130,7 @@ def check_description(description: object, path: object) -> dict:
     if description["format"] > FORMAT:
         raise PeftError(f"{path} has format {description['format']!r:.20}, and this mace-peft {mace_peft.__version__} "
                         f"reads up to {FORMAT}: install a newer mace-peft")
-    missing, unknown = set(FIELDS) - set(description), set(description) - set(FIELDS)
+    missing, unknown = set(FIELDS) - OPTIONAL - set(description), set(description) - set(FIELDS)
     if missing or unknown:
         raise PeftError(f"{path} lacks {sorted(missing)} and has the unknown fields {str(sorted(unknown)):.300}: save "
                         "or copy the adapter again")

@@ -1,4 +1,5 @@
-"""The adapter directory: adapter_model.safetensors, which holds the adapter, and adapter_config.json, to look at."""
+"""The adapter directory: adapter_model.safetensors holds the adapter; adapter_config.json and README.md are to look at.
+"""
 
 import contextlib
 import hashlib
@@ -15,7 +16,17 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from mace_peft.adapter.description import DTYPES, NAME, TENSORS, check_description, describe, fits, sealed
+from mace_peft.adapter.card import BEGINNING, card
+from mace_peft.adapter.description import (
+    DTYPES,
+    NAME,
+    TENSORS,
+    TRAINING,
+    check_description,
+    describe,
+    fits,
+    sealed,
+)
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import complete_file, make_folder, open_regular
@@ -23,6 +34,7 @@ from mace_peft.model.adapted import check_adapted, origin, trainable_parameters
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 SAID = "mace_peft"  # the name of the description in the metadata
 METADATA = {"format": "pt"}  # which other readers of safetensors ask for
 LARGEST_CONFIG = 2**20  # bytes
@@ -34,10 +46,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     The files hold what it takes to get from the foundation file to this model: the trained parameters, the elements,
     E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the name and
-    fingerprint of the foundation, and the versions of the packages. Other files in the directory stay.
+    fingerprint of the foundation, and the versions of the packages. Other files in the directory stay, and so does a
+    README.md that is no card of an adapter.
 
     Killed at any moment, or read meanwhile, it is the adapter that was there or the new one: adapter_model.safetensors
-    holds all of it and takes the place of the older one in one step, after adapter_config.json, its copy to look at.
+    holds all of it and takes the place of the older one in one step, after adapter_config.json, its copy to look at,
+    and README.md, its card.
 
     Warns if the base is no longer the one that the adapters were put into. Raises PeftError, and writes nothing, if the
     model has no adapters, and for what ``load_adapter`` would refuse, such as weights of NaN; OSError if the directory
@@ -47,16 +61,36 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     if model.peft_foundation is not None and origin(model) is not model.peft_foundation:
         warnings.warn("the weights of the base have changed since the adapters were put in, so that this adapter goes "
                       "with no other: save them too, or train them by train_also", stacklevel=2)
-    directory = Path(directory)
     trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
-    files = contents(describe(model), finite(trained, "the model"))
+    return write(Path(directory), describe(model), finite(trained, "the model"))
+
+
+def add_training(directory: str | os.PathLike, training: dict) -> Path:
+    """Write into the adapter how it was trained, see ``TRAINING``; its tensors stay. Returns its path.
+
+    Raises PeftError where ``read_adapter`` does, and for what is too much; OSError as ``save_adapter``.
+    """
+    _, description, tensors = read_adapter(directory)
+    odd = [name for name, value in training.items() if not fits(value, TRAINING[name])]
+    if odd:
+        raise PeftError(f"an adapter directory has no place for the {odd[0]} of its training, which are too long, too "
+                        f"many or no finite numbers: {training[odd[0]]!r:.200}")
+    return write(Path(directory), {**description, "training": training}, tensors)
+
+
+def write(directory: Path, description: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write the files of the adapter, see ``save_adapter``."""
+    files = contents(description, tensors)
+    text = card(description, {name: tensor.numel() for name, tensor in tensors.items()})
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         make_folder(directory)
         # the inner file has its name first
         with complete_file(directory / TENSOR_FILE, files[TENSOR_FILE]), \
                 complete_file(directory / CONFIG_FILE, files[CONFIG_FILE]):
-            pass
+            if is_replaceable(directory / CARD_FILE):
+                with complete_file(directory / CARD_FILE, text.encode()):
+                    pass
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):  # it holds something, or was not made
@@ -65,8 +99,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     return directory
 
 
+def is_replaceable(path: Path) -> bool:
+    """Whether the path is free, or has the card of an adapter: what else is there is somebody's."""
+    try:
+        with open_regular(path, LARGEST_CONFIG) as file:
+            return file.read(len(BEGINNING)) == BEGINNING.encode()
+    except FileNotFoundError:
+        return True
+    except (PeftError, OSError):  # such as a link, or a folder
+        return False
+
+
 def contents(description: dict, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """The two files, by their names."""
+    """The two files that are read again, by their names."""
     plain = io.BytesIO(save(tensors))
     description = sealed({**description, "tensors": checksum_of_tensors(plain, read_header(plain))})
     return {TENSOR_FILE: save(tensors, metadata={**METADATA, SAID: json.dumps(description)}),

@@ -4,12 +4,11 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.data import chemical_symbols
 from mace import data
 from mace.calculators import foundations_models
 from mace.tools import AtomicNumberTable, torch_geometric
@@ -17,6 +16,7 @@ from mace.tools.finetuning_utils import load_foundations_elements
 from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
 from torch import nn
 
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
 
@@ -75,12 +75,6 @@ def load_by_name(name: str, dtype: str) -> nn.Module:
         return foundations_models.mace_omol(**options)
     check_regular(name)
     return torch.load(name, map_location="cpu", weights_only=False)
-
-
-def symbols(elements: Iterable[int]) -> str:
-    """The elements (atomic numbers) as a text of chemical symbols; numbers that no element has, as numbers."""
-    known = dict(enumerate(chemical_symbols))
-    return " ".join(known.get(element, str(element)) for element in sorted(elements))
 
 
 def first_E0s(model: nn.Module) -> dict[int, float]:

@@ -11,9 +11,10 @@ from mace.tools import AtomicNumberTable, torch_geometric
 from torch import Tensor, nn
 from tqdm import trange
 
-from mace_peft.backbones.foundation import default_dtype_of, symbols
+from mace_peft.backbones.foundation import default_dtype_of
 from mace_peft.blocks.adapted import adapted_blocks, adapters_of
 from mace_peft.e3nn import o3
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 from mace_peft.inspect.gain_ranges import gates_with_gains, watched
 from mace_peft.methods import MMEA

@@ -6,9 +6,10 @@ from prettytable import PrettyTable
 
 from mace_peft.adapter.description import describe
 from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_sizes
-from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.adapter.facts import error_table, facts
+from mace_peft.backbones.foundation import load_foundation
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, printable
-from mace_peft.methods import METHODS
 from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters
 from mace_peft.model.summary import count
 
@@ -44,31 +45,20 @@ def info(path: str, trust: bool = False) -> str:
 
 
 def adapter_info(what: str, description: dict, sizes: dict[str, int]) -> str:
-    config, foundation = description["peft"], description["foundation"]
-    row = METHODS[config["method"]]
-    shown = {"rank": config["rank"], "alpha": "as the rank" if config["alpha"] is None else f"{config['alpha']:g}",
-             "gate": config["gate"]}
-    settings = [f"{name} {value}" for name, value in shown.items() if name in row.settings]
+    """Its facts, a table of its modules, and one of the errors that a run has measured."""
     found: dict[str, int] = {}
     for name, size in sizes.items():
         module = name.partition(".adapter.")[0]
         found[module] = found.get(module, 0) + size
-    modules = PrettyTable(["module", "parameters"], align="r")
+    chosen = description["peft"]["rank_pattern"]
+    modules = PrettyTable(["module", "parameters"] + ["rank"] * (chosen is not None), align="r")
     modules.align["module"] = "l"
-    modules.add_rows([[printable(module), f"{size:,}"] for module, size in sorted(found.items())])
-    return table({
-        "what": what,
-        "method": ", ".join([config["method"], *settings]),
-        "placement": config["targets"],
-        "trains along": config["train_also"] or "nothing",
-        "parameters": f"{sum(sizes.values()):,} ({description['dtype']})",
-        "class": description["model_class"],
-        "elements": symbols(description["elements"] or ()) or "any",
-        "heads": ", ".join(description["heads"] or ["none"]),
-        "foundation": foundation["name"] or "not named",
-        "fingerprint": foundation["fingerprint"],
-        "versions": ", ".join(f"{package} {version}" for package, version in description["versions"].items()),
-    }) + f"\n{modules}"
+    modules.add_rows([[printable(module), f"{size:,}"] + ([] if chosen is None else [chosen.get(module, "none")])
+                      for module, size in sorted(found.items())])
+    parts = [table({"what": what, **facts(description, sizes)}), modules.get_string()]
+    if description.get("training", {}).get("errors"):
+        parts.append(error_table(description["training"]))
+    return "\n".join(parts)
 
 
 def table(rows: dict[str, str]) -> str:

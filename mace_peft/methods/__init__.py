@@ -26,6 +26,7 @@ class Method:
     targets: the default placement.
     lr: the learning rate that was best for it where rates were swept (docs/results.md).
     rank: the default rank; None where it has none.
+    paper: a link to what to cite for it, in Markdown.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Method:
     targets: str
     lr: float
     rank: int | str | None = 16
+    paper: str | None = None
 
     @property
     def settings(self) -> set[str]:
@@ -49,16 +51,22 @@ def with_weights(adapter: type[Adapter]) -> dict[str, type[Adapter]]:
     return dict.fromkeys(("linear", "tensor product", "layer", "contraction"), adapter)
 
 
+PAPERS = {"MMEA": "[MMEA, arXiv 2511.06696](https://arxiv.org/abs/2511.06696)",
+          "ELoRA": "[ELoRA, ICML 2025](https://openreview.net/forum?id=hcoxm3Vwgy)"}
 METHODS = {
     # as the paper: linear layers and product blocks are gated, all else is updated by low rank
-    "mmea": Method("MMEA", with_weights(LowRank) | {"linear": MMEA, "product": MMEA}, "published", 0.005),
-    "gates": Method("gates", dict.fromkeys(("linear", "product", "tensor product", "convolution"), MMEA), "all", 0.005),
-    "elora": Method("ELoRA", with_weights(LowRank), "linears", 0.01),
+    "mmea": Method("MMEA", with_weights(LowRank) | {"linear": MMEA, "product": MMEA}, "published", 0.005,
+                   paper=PAPERS["MMEA"]),
+    "gates": Method("gates", dict.fromkeys(("linear", "product", "tensor product", "convolution"), MMEA), "all", 0.005,
+                    paper=PAPERS["MMEA"]),
+    "elora": Method("ELoRA", with_weights(LowRank), "linears", 0.01, paper=PAPERS["ELoRA"]),
     "scales": Method("scales", with_weights(Scales) | {"energies": Full}, "all", 0.02, rank=None),
-    "elora+scales": Method("ELoRA and scales", with_weights(ScaledLowRank) | {"energies": Full}, "linears", 0.02),
+    "elora+scales": Method("ELoRA and scales", with_weights(ScaledLowRank) | {"energies": Full}, "linears", 0.02,
+                           paper=PAPERS["ELoRA"]),
 }
 # what did best with 5 % of the base's parameters
-METHODS["small"] = Method("small", METHODS["elora+scales"].adapters, "linears", 0.02, rank="auto")
+METHODS["small"] = Method("small", METHODS["elora+scales"].adapters, "linears", 0.02, rank="auto",
+                          paper=PAPERS["ELoRA"])
 
 
 def empty_adapter(name: str) -> Adapter:

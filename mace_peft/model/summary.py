@@ -22,14 +22,19 @@ def summary(model: nn.Module) -> str:
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
     rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
                  if name in model.peft_originals})
-    base = count(model.parameters()) - sum(count(block.adapter.parameters()) for block in blocks.values())
-
+    base = size_of_base(model)
     table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")
     table.align["module"] = table.align["what trains"] = "l"
     for (name, kind), number in rows.items():
         table.add_row([name, kind, f"{number:,}", f"{100 * number / base:.2f}"])
     total = count(trainable.values())
     return f"{table}\nTrainable: {total:,} parameters, {100 * total / base:.1f} % of the base's {base:,}"
+
+
+def size_of_base(model: nn.Module) -> int:
+    """How many parameters the model has without its adapters."""
+    return count(model.parameters()) - sum(count(block.adapter.parameters())
+                                           for block in adapted_blocks(model).values())
 
 
 def count(parameters) -> int:

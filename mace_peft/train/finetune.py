@@ -30,6 +30,7 @@ from mace_peft.train.gradients import differentiate, reach_all
 from mace_peft.train.loop import train
 from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.record import Record
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
@@ -82,10 +83,6 @@ class FineTune:
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""
         with trainability_kept(model):
             loss, errors = self.losses.evaluate(model=model, **kwargs)
-        return loss, metrics.without_stress(errors, kwargs["output_args"])
-
-    def evaluate_for_table(self, model: nn.Module, **kwargs):
-        loss, errors = self.original.evaluate_for_table(model, **kwargs)
         return loss, metrics.without_stress(errors, kwargs["output_args"])
 
     def model_inference(self, loaders: dict, model: nn.Module, *args, **kwargs):
@@ -223,7 +220,8 @@ class FineTune:
     def train(self, **arguments) -> None:
         """The training; at its end its results are saved, so that nothing that fails after it can cost them."""
         progress = train(self.checkpoints, self.args.restart_latest, **arguments)
-        self.results.progress, self.results.heads = progress, list(arguments["valid_loaders"])
+        self.results.record = Record(self.args, self.start, self.reading.heads, self.checkpoints,
+                                     types.SimpleNamespace(**arguments))
         for stage_two in (False, True)[:len(progress.stages)]:
             if arguments["rank"] == 0:
                 with self.checkpoints.result_in(self.model, stage_two):

@@ -31,12 +31,19 @@ ROWS = (
 )
 
 
-def warn_of_no_effect(args: argparse.Namespace) -> None:
-    """Log each option that is not at its default, and has no effect on the run."""
-    default, said = build_default_arg_parser().get_default, set()
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
+    """Options that have no effect on the run, by name, and why."""
+    rows = {}
     for names, applies, why in ROWS:
         for name in names if applies(args) else ():
-            value = getattr(args, name, None)  # releases differ in their options
-            if value is not None and value != default(name) and name not in said:
-                said.add(name)
-                logging.warning(f"--{name} {value} has no effect {why.format(**vars(args))}")
+            rows.setdefault(name, why.format(**vars(args)))
+    return rows
+
+
+def warn_of_no_effect(args: argparse.Namespace) -> None:
+    """Log each option that is not at its default, and has no effect on the run."""
+    default = build_default_arg_parser().get_default
+    for name, why in without_effect(args).items():
+        value = getattr(args, name, None)  # releases differ in their options
+        if value is not None and value != default(name):
+            logging.warning(f"--{name} {value} has no effect {why}")

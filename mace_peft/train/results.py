@@ -11,14 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mace_peft.adapter.directory import save_adapter
+from mace_peft.adapter.directory import add_training, save_adapter
+from mace_peft.adapter.facts import error_table
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.contraction import contract_as_mace
 from mace_peft.fast.tensor_product import split_messages
 from mace_peft.files import complete, one_line_errors
+from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
 from mace_peft.train.options import adapter_directory, model_path
 from mace_peft.train.progress import Progress
+from mace_peft.train.record import Record
 
 STAGES = ("one", "two")
 
@@ -27,7 +30,7 @@ class Results:
     """Saves the results of a run, and keeps what MACE does after the training from ending it without a word.
 
     original: what MACE and torch bind to the names of ``mace_peft.train.seams``; saved: the models, by whether they are
-    those of stage two; progress: of the run, once its training has ended, and heads, in the order of validation.
+    those of stage two; record: of the run, once its training has ended.
     """
 
     def __init__(self, original: types.SimpleNamespace, args: argparse.Namespace, save_file: Callable):
@@ -35,13 +38,11 @@ class Results:
         self.args = args
         self.save_file = save_file
         self.saved: dict[bool, nn.Module] = {}
-        self.progress: Progress | None = None
-        self.heads: list[str] = []
+        self.record: Record | None = None
 
     def save(self, model: nn.Module, stage_two: bool) -> nn.Module:
         """Save the adapter, and the model with the updates folded in, which is returned."""
-        stage = "_stagetwo" if stage_two else ""
-        directory, path = adapter_directory(self.args, stage), model_path(self.args, stage)
+        path, directory = self.paths(stage_two)
         with one_line_errors(directory):
             logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
             Path(self.args.checkpoints_dir).mkdir(parents=True, exist_ok=True)  # where no epoch came, MACE misses it
@@ -49,7 +50,21 @@ class Results:
         model = fold(freeze(split_messages(copy.deepcopy(model), split=False)))
         self.save_file(model.to("cpu") if self.args.save_cpu else model, path)
         self.saved[stage_two] = model
+        self.tell(stage_two)
         return model
+
+    def tell(self, stage_two: bool) -> None:
+        """Write into the adapter how it was trained. It is saved by now, so that what fails here is only logged."""
+        directory = self.paths(stage_two)[1]
+        try:
+            add_training(directory, self.record.training(stage_two))
+        except Exception as error:  # such as a full disk, or names that are too long
+            logging.error(f"{directory} does not say how it was trained ({one_line(error)})")
+
+    def paths(self, stage_two: bool) -> tuple[Path, Path]:
+        """Of the model and the adapter."""
+        stage = "_stagetwo" if stage_two else ""
+        return model_path(self.args, stage), adapter_directory(self.args, stage)
 
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
@@ -70,6 +85,7 @@ class Results:
 
     def create_error_table(self, *args, **kwargs) -> object:
         """MACE's table of errors, or where it is not computed a line that says so: the next one may be."""
+        self.record.loaders = kwargs["all_data_loaders"]
         try:
             return self.original.create_error_table(*args, **kwargs)
         except Exception as error:  # models and data fail in many ways
@@ -77,6 +93,10 @@ class Results:
                 raise  # or the other processes would wait for this one
             logging.error(f"No table of errors is computed ({type(error).__name__}: {one_line(error)})")
             return "not computed"
+
+    def evaluate_for_table(self, model: nn.Module, **kwargs):
+        """MACE's, for each set of structures in the table; the record has the errors of the start as well, once."""
+        return self.record.evaluate(self.original.evaluate_for_table, model, **kwargs)
 
     def TrainingPlotter(self, *args, **kwargs):
         """MACE's, but figures that fail are told of in the log, not in that for debugging alone."""
@@ -99,25 +119,43 @@ class Results:
         except PeftError:
             raise
         except Exception as error:  # what MACE does with data, files and figures fails in many ways
-            if self.progress is None:
+            if self.record is None:
                 raise
             raise PeftError(f"the training is done and its results are saved, and what comes after it failed "
                             f"({type(error).__name__}: {one_line(error)}): put that right, and add --restart_latest "
                             "for the files and tables that are missing") from error
         finally:
-            if self.progress is not None:
+            if self.record is not None:
                 self.say()
 
     def say(self) -> None:
-        """Log which epoch each result is of, and whether it is better than the start."""
+        """Log errors of each result, which epoch it is of, whether it is better than the start, and how to use it."""
+        heads = list(self.record.trained.valid_loaders)
         for stage_two in (False, True):
             if not stage_two or stage_two in self.saved:
-                level, line = outcome(self.progress, stage_two)
-                if len(self.heads) > 1:
-                    line += f" (losses of the head {self.heads[-1]}, by which MACE chooses)"
-                names = [path.name for path in (model_path(self.args, "_stagetwo" if stage_two else ""),
-                                                adapter_directory(self.args, "_stagetwo" if stage_two else ""))]
-                logging.log(level, f"Result in {names[0]} and {names[1]}: {line}")
+                model, adapter = self.paths(stage_two)
+                training = self.record.training(stage_two)
+                if training["errors"]:
+                    logging.info(f"Errors of {model.name}, and of the {training['start']} with the E0s of this run:\n"
+                                 f"{error_table(training)}")
+                level, line = outcome(self.record.progress, stage_two)
+                if len(heads) > 1:
+                    line += f" (losses of the head {heads[-1]}, by which MACE chooses)"
+                logging.log(level, f"Result in {model.name} and {adapter.name}: {line}")
+        for stage_two in self.saved:
+            self.tell(stage_two)
+            logging.info(f"In ASE: {self.in_ASE(stage_two)}")
+
+    def in_ASE(self, stage_two: bool) -> str:
+        """A line of Python that loads the result of the stage."""
+        model, adapter = map(str, self.paths(stage_two))
+        heads = list(self.record.trained.valid_loaders)
+        options = f"device={self.args.device!r}" + (f", head={heads[-1]!r}" if len(heads) > 1 else "")
+        if is_adapted(self.saved[stage_two]):
+            return (f"from mace_peft import calculator; atoms.calc = calculator({str(self.args.foundation_model)!r}, "
+                    f"{adapter!r}, {options})")
+        return (f"from mace.calculators import MACECalculator; atoms.calc = MACECalculator(model_paths={model!r}, "
+                f"{options})")
 
 
 def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:

@@ -73,7 +73,7 @@ SEAMS = (
     Seam("mace.modules", "WeightedEnergyForcesL1L2Loss", "weighed.WeightedEnergyForcesL1L2Loss"),
     Seam("mace.modules", "WeightedEnergyForcesDipoleLoss", "weighed.WeightedEnergyForcesDipoleLoss"),
     Seam("mace.tools.train", "MACELoss", "metrics.MACELoss"),
-    Seam("mace.tools.tables_utils", "evaluate", "evaluate_for_table"),
+    Seam("mace.tools.tables_utils", "evaluate", "results.evaluate_for_table"),
     Seam("mace.tools.train", "train_one_epoch", "losses.train_one_epoch"),
     Seam("mace.tools.train", "take_step", "losses.take_step"),
     Seam("mace.tools.train", "take_step_lbfgs", "losses.take_step_lbfgs"),

@@ -12,8 +12,9 @@ from torch import nn
 
 from mace_peft.adapter.description import describe
 from mace_peft.adapter.load import fill, load_adapter
-from mace_peft.backbones.foundation import load_foundation, symbols
+from mace_peft.backbones.foundation import load_foundation
 from mace_peft.config import PeftConfig, split_patterns
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject

@@ -12,7 +12,7 @@ from mace import data
 from mace.data import AtomicData, Configuration, KeySpecification, config_from_atoms
 from torch.utils.data import ConcatDataset
 
-from mace_peft.backbones.foundation import symbols
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, one_line
 from mace_peft.train.data.labels import DEFAULT_KEYS, count, give_back, log_counts, weigh
 

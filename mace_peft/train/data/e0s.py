@@ -15,7 +15,7 @@ import torch
 from mace import data
 from torch import nn
 
-from mace_peft.backbones.foundation import symbols
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, did_you_mean, one_line
 from mace_peft.train.data.labels import ISOLATED, has, keys_of, read
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from mace import data
 from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
 
-from mace_peft.backbones.foundation import symbols
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 from mace_peft.train.data.datasets import HDF5Dataset, check_elements_listed, parts_of
 from mace_peft.train.data.e0s import asked_E0s, check_energies_known, complete, narrow, with_energy
