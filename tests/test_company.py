@@ -16,7 +16,7 @@ from test_damage import CONFIG_FILE, SETTINGS, TENSOR_FILE, meaning, small_mace
 from tiny import randomise
 
 from mace_peft import PeftConfig, PeftError, eject, files, inject, load_adapter, save_adapter
-from mace_peft.adapter.directory import contents, read_adapter, read_sizes
+from mace_peft.adapter.directory import CARD_FILE, contents, read_adapter, read_sizes
 from mace_peft.files import write_complete
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -60,7 +60,7 @@ def test_two_savers_and_a_reader_at_one_directory(tmp_path, rounds=100):
         barrier.wait(60)
         assert meaning(place) in written
         assert json.loads((place / CONFIG_FILE).read_text()) == read_adapter(place)[1]
-        assert {path.name for path in place.iterdir()} == {CONFIG_FILE, TENSOR_FILE}
+        assert {path.name for path in place.iterdir()} == {CARD_FILE, CONFIG_FILE, TENSOR_FILE}
     for other in others:
         other.join()
     with pytest.raises(queue.Empty):
@@ -128,7 +128,7 @@ def test_a_writer_waits_for_the_one_before(tmp_path):
 
 @pytest.mark.parametrize("make", LINKS.values(), ids=LINKS)
 @pytest.mark.parametrize("name", [TENSOR_FILE, CONFIG_FILE, f".{TENSOR_FILE}.mace_peft_unfinished",
-                                  f".{CONFIG_FILE}.mace_peft_unfinished"])
+                                  f".{CONFIG_FILE}.mace_peft_unfinished", f".{CARD_FILE}.mace_peft_unfinished"])
 def test_a_save_follows_no_link_and_waits_for_no_pipe(tmp_path, name, make):
     (tmp_path / "precious").write_text("my only copy")
     (tmp_path / "adapter").mkdir()
@@ -136,7 +136,7 @@ def test_a_save_follows_no_link_and_waits_for_no_pipe(tmp_path, name, make):
     save_adapter(adapted(0), tmp_path / "adapter")
     assert (tmp_path / "precious").read_text() == "my only copy"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "precious"]
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CONFIG_FILE, TENSOR_FILE}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {CARD_FILE, CONFIG_FILE, TENSOR_FILE}
     assert not any(path.is_symlink() for path in (tmp_path / "adapter").iterdir())
     read_adapter(tmp_path / "adapter")
 
@@ -151,6 +151,18 @@ def test_a_reader_follows_no_link_and_waits_for_no_pipe(tmp_path, name, make):
     with pytest.raises(PeftError, match=f"{name} is (a link|no regular file): ") as error:
         read_adapter(tmp_path / "adapter")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", LINKS.values(), ids=LINKS)
+def test_what_is_no_file_in_the_place_of_the_card_stays(tmp_path, make):
+    (tmp_path / "precious").write_text("my only copy")
+    (tmp_path / "adapter").mkdir()
+    make(tmp_path / "adapter" / CARD_FILE, tmp_path / "precious")
+    before = os.lstat(tmp_path / "adapter" / CARD_FILE)
+    save_adapter(adapted(0), tmp_path / "adapter")
+    assert os.path.samestat(before, os.lstat(tmp_path / "adapter" / CARD_FILE))
+    assert (tmp_path / "precious").read_text() == "my only copy" and len(list(tmp_path.iterdir())) == 2
+    read_adapter(tmp_path / "adapter")
 
 
 def test_a_large_file_is_refused_before_it_is_read(tmp_path):

@@ -19,7 +19,7 @@ import mace_peft
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.model.adapted import fingerprint
 
-FILES = {"adapter_config.json", "adapter_model.safetensors"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def config_in(directory):
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
-def test_the_directory_holds_two_files(model, tmp_path):
+def test_the_directory_holds_three_files(model, tmp_path):
     directory = tmp_path / "runs" / "adapter"
     assert save_adapter(model, directory) == directory
     assert names_in(directory) == FILES
@@ -113,7 +113,7 @@ def test_a_directory_weighs_little_more_than_its_parameters(medium, tmp_path, me
 
 
 def test_the_config_describes_the_run(base, tmp_path):
-    expected = fingerprint(base)
+    expected, size = fingerprint(base), sum(parameter.numel() for parameter in base.parameters())
     config = PeftConfig("elora", rank=3, alpha=1.5, targets="products.*", train_also="readouts.0.*")
     directory = save_adapter(inject(base, config), tmp_path / "adapter")
     saved = config_in(directory)
@@ -133,6 +133,7 @@ def test_the_config_describes_the_run(base, tmp_path):
         "shift": [0.1],
         "gains": None,
         "dtype": "float64",
+        "base_parameters": size,
         "versions": {"mace_peft": mace_peft.__version__, "mace": mace.__version__, "e3nn": e3nn.__version__,
                      "torch": torch.__version__},
     }
@@ -213,7 +214,7 @@ def fail_at(monkeypatch, name, call):
 
 
 @pytest.mark.parametrize("there_already", [False, True])
-@pytest.mark.parametrize("name, call", [("fsync", 1), ("fsync", 2), ("replace", 1)])
+@pytest.mark.parametrize("name, call", [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
 def test_a_failure_leaves_what_was_there_and_no_more(model, tmp_path, monkeypatch, name, call, there_already):
     directory = tmp_path / "runs" / "adapter"
     if there_already:
@@ -227,11 +228,12 @@ def test_a_failure_leaves_what_was_there_and_no_more(model, tmp_path, monkeypatc
     assert {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")} == before
 
 
-def test_a_failure_between_the_two_files_leaves_the_old_adapter(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_failure_between_the_files_leaves_the_old_adapter(model, tmp_path, monkeypatch, call):
     save_adapter(model, tmp_path / "adapter")
     expected = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     randomise(model, seed=7)
-    fail_at(monkeypatch, "replace", 2)
+    fail_at(monkeypatch, "replace", call)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, tmp_path / "adapter")
     monkeypatch.undo()
@@ -253,6 +255,30 @@ def test_other_files_in_the_directory_stay(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     save_adapter(model, tmp_path)
     assert names_in(tmp_path) == FILES | {"notes.txt"} and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["# My project\n", "", "---\nlibrary_name: peft\n---\n"])
+def test_a_readme_that_is_no_card_stays(model, tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    save_adapter(model, tmp_path)
+    assert names_in(tmp_path) == FILES and (tmp_path / "README.md").read_text() == text
+
+
+def test_the_card_is_that_of_the_adapter(model, tmp_path):
+    """The older one is replaced; texts that a stranger chose have no effect as Markdown, HTML or Python."""
+    save_adapter(model, tmp_path)
+    assert "MMEA adapter of `a foundation model`" in (tmp_path / "README.md").read_text()
+    odd = "x`|<b>\n# '\x1b[1m"
+    other = inject(eject(model), PeftConfig("elora", rank=3), {"name": odd, "head": None, "fingerprint": 64 * "0"})
+    save_adapter(other, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    number = sum(parameter.numel() for parameter in trainable_parameters(other).values())
+    assert text.startswith("---\nlibrary_name: mace-peft\n") and "MMEA" not in text
+    assert "| foundation | `x'\\|<b>\\n# '\\x1b[1m` |" in text
+    assert f"`{number:,} (float64), " in text and "H -1, C -2, O -3" in text and "hcoxm3Vwgy" in text
+    assert "## Errors" not in text  # no run has measured any
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") == 3 and compile(code, "README.md", "exec")
 
 
 def test_a_file_in_the_place_of_the_directory_survives(model, tmp_path):

@@ -35,8 +35,8 @@ def facts(description: dict, sizes: dict[str, int]) -> dict[str, str]:
         "E0s in eV": E0s_of_heads(elements, description["heads"], E0s) if elements and E0s else "none",
         "foundation": foundation["name"] or "not named",
         "fingerprint": foundation["fingerprint"],
-        "versions": ", ".join(f"{package} {version}" for package, version in description["versions"].items()),
         **(facts_of_training(description["training"]) if "training" in description else {}),
+        "versions": ", ".join(f"{package} {version}" for package, version in description["versions"].items()),
     }
 
 
@@ -58,7 +58,7 @@ def facts_of_training(training: dict) -> dict[str, str]:
         "data": "; ".join(data.values() if len(data) == 1 else (f"{name}: {text}" for name, text in data.items())),
         "E0s from": ", ".join(dict.fromkeys(head["E0s"] for head in heads.values())),
         "epochs": f"{training['epochs']}; the result is "
-                  + ("as the start" if best is None else f"of epoch {best}, of stage {training['stage']}"),
+                  + ("the start" if best is None else f"epoch {best} of stage {training['stage']}"),
         "loss": training["loss"],
         "options": " ".join(f"--{name}={value}" for name, value in training["options"].items()),
     }

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+from mace.tools import build_default_arg_parser
 from torch import nn
 
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, holding
@@ -15,10 +16,11 @@ from mace_peft.train.no_effect import without_effect
 from mace_peft.train.progress import Progress
 from mace_peft.train.start import Start
 
-# options of MACE that a methods section needs; the weights of the loss stand in its own text
-OPTIONS = ("lr", "swa", "start_swa", "swa_lr", "batch_size", "max_num_epochs", "patience", "optimizer", "lbfgs",
+# options of MACE that a methods section needs, the last ones if they are given; weights of the loss are in its own text
+OPTIONS = ("lr", "swa", "start_swa", "swa_lr", "batch_size", "max_num_epochs", "optimizer", "lbfgs",
            "weight_decay", "clip_grad", "scheduler", "lr_scheduler_gamma", "lr_factor", "scheduler_patience", "ema",
-           "ema_decay", "config_type_weights", "weight_pt_head", "seed", "error_table")
+           "ema_decay", "seed", "error_table")
+IF_GIVEN = ("patience", "config_type_weights", "weight_pt_head")
 
 
 class Record:
@@ -82,13 +84,16 @@ class Record:
         stage, result = self.progress.result(stage_two), self.of_result[stage_two]
         two = stage_two and len(self.progress.stages) == 2
         loss = self.trained.swa.loss_fn if two else self.trained.loss_fn
-        said = {name: getattr(self.args, name, None) for name in OPTIONS if name not in without_effect(self.args)}
+        default = build_default_arg_parser().get_default
+        said = {name: getattr(self.args, name, None) for name in (*OPTIONS, *IF_GIVEN)
+                if name not in without_effect(self.args)}
         return {
             "date": datetime.date.today().isoformat(),
             "heads": {config.head_name: self.data_of(config) for config in self.heads},
             "loss": " ".join(str(loss).split()),
             "options": {name: value if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
-                        for name, value in said.items() if value not in (None, False)},
+                        for name, value in said.items()
+                        if value not in (None, False) and (name in OPTIONS or value != default(name))},
             "epochs": self.progress.epoch,
             "best_epoch": None if stage is None else stage.epoch,
             "stage": None if stage is None else ("one", "two")[self.progress.stages.index(stage)],

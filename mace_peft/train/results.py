@@ -54,10 +54,17 @@ class Results:
         return model
 
     def tell(self, stage_two: bool) -> None:
-        """Write into the adapter how it was trained. It is saved by now, so that what fails here is only logged."""
-        directory = self.paths(stage_two)[1]
+        """Write into the adapter how it was trained, and log its errors, if they are measured.
+
+        The adapter is saved by now: what fails here costs nothing but this.
+        """
+        model, directory = self.paths(stage_two)
         try:
-            add_training(directory, self.record.training(stage_two))
+            training = self.record.training(stage_two)
+            if training["errors"]:
+                logging.info(f"Errors of {model.name}, and of the {training['start']} with the E0s of this run:\n"
+                             f"{error_table(training)}")
+            add_training(directory, training)
         except Exception as error:  # such as a full disk, or names that are too long
             logging.error(f"{directory} does not say how it was trained ({one_line(error)})")
 
@@ -133,17 +140,14 @@ class Results:
         heads = list(self.record.trained.valid_loaders)
         for stage_two in (False, True):
             if not stage_two or stage_two in self.saved:
-                model, adapter = self.paths(stage_two)
-                training = self.record.training(stage_two)
-                if training["errors"]:
-                    logging.info(f"Errors of {model.name}, and of the {training['start']} with the E0s of this run:\n"
-                                 f"{error_table(training)}")
+                if stage_two in self.saved:  # by the first process
+                    self.tell(stage_two)
                 level, line = outcome(self.record.progress, stage_two)
                 if len(heads) > 1:
                     line += f" (losses of the head {heads[-1]}, by which MACE chooses)"
+                model, adapter = self.paths(stage_two)
                 logging.log(level, f"Result in {model.name} and {adapter.name}: {line}")
         for stage_two in self.saved:
-            self.tell(stage_two)
             logging.info(f"In ASE: {self.in_ASE(stage_two)}")
 
     def in_ASE(self, stage_two: bool) -> str:
