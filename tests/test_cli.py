@@ -102,6 +102,15 @@ def test_info_of_an_elora_adapter(command, folder):
     assert f"({size:,} bytes)" in said["what"]
 
 
+def test_info_shows_the_ranks_that_were_chosen(command, tmp_path):
+    ranks = {"products.0.linear": 3, "products.1.linear": 2}
+    save_adapter(inject(tiny_mace(), PeftConfig("small", targets="products.*.linear", rank_pattern=ranks)), tmp_path)
+    said = command("info", str(tmp_path))
+    assert "\nmethod       small, rank auto, alpha as the rank\n" in said
+    cells = [line.split() for line in said.splitlines() if line.startswith("| products")]
+    assert {module: int(rank) for _, module, _, _, _, rank, _ in cells} == ranks
+
+
 def test_info_of_scales(command):
     said, modules = rows(command("info", "scales"))
     assert said["method"] == "scales" and said["placement"] == "all" and said["trains along"] == "nothing"

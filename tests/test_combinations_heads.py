@@ -136,6 +136,9 @@ def test_a_replay_run_leaves_both_heads(inputs, tmp_path):
     assert "(losses of the head Default, by which MACE chooses)" in run.log
     assert ("increasing the number of configurations in the fine-tuning heads by 2" in run.log) == bool(ratio)
     assert "Skipping evaluation for heads: ['Default']" in run.log
+    training = run.adapter_config(stage_two=True)["training"]
+    assert training["errors"].keys() == {"train pt_head", "valid pt_head", "test Default"}
+    assert training["heads"]["pt_head"]["train_file"] == ["pt.xyz"] and training["options"]["weight_pt_head"] == 0.5
     assert run.model().heads == ["pt_head", "Default"]
     pt, own = run.model(stage_two=True).readouts[0].linear.weight.view(-1, 2).T
     assert not torch.allclose(pt, own, rtol=1e-3)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from test_damage import CONFIG_FILE, SETTINGS, TENSOR_FILE, meaning, small_mace
+from test_damage import CONFIG_FILE, SETTINGS, TENSOR_FILE, TRAINED, meaning, small_mace
 from tiny import randomise
 
 from mace_peft import PeftConfig, PeftError, eject, files, inject, load_adapter, save_adapter
@@ -203,7 +203,9 @@ def hostile(choice, folder, description, tensors):
     description = copy.deepcopy(description)
     kind = choice.choice(["field", "field", "field", "tensors", "place"])
     if kind == "field":
-        inside = choice.choice([description, description["peft"], description["foundation"], description["versions"]])
+        description["training"] = copy.deepcopy(TRAINED)
+        inside = choice.choice([description, description["peft"], description["foundation"], description["versions"],
+                                description["training"], description["training"]["options"]])
         name, bomb = choice.choice([*inside, "more\n\x1b[1m"]), choice.choice([*BOMBS])
         inside[name] = BOMBS[bomb](choice)
         what = name, bomb

@@ -20,6 +20,7 @@ from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_a
 from mace_peft.adapter import directory as storage
 from mace_peft.adapter.description import FIELDS, OPTIONAL
 from mace_peft.adapter.directory import read_adapter
+from mace_peft.inspect.info import info
 from mace_peft.model.adapted import is_adapted
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -185,7 +186,32 @@ def into(field, **values):
     return lambda description: description[field].update(values)
 
 
+TRAINED = {
+    "date": "2026-01-02", "loss": "a loss", "options": {"lr": 0.01, "ema": True, "seed": 1, "error_table": "TotalMAE"},
+    "heads": {"Default": {"E0s": "average", "train_file": ["train.xyz"], "valid_file": [], "test_file": [], "train": 9,
+                          "valid": 1}},
+    "epochs": 2, "best_epoch": None, "stage": None, "start": "foundation",
+    "errors": {"train": {"structures": 9, "start": {"mae_e": 1.0, "mae_f": 0.5},
+                         "result": {"mae_e": 0.5, "mae_f": 0.0}}},
+}
+
+
+def trained(**values):
+    """An edit that says how the adapter was trained, with these values in it."""
+    return lambda description: description.update(training={**copy.deepcopy(TRAINED), **values})
+
+
 EDITS = {
+    **{f"a training with {name}": (trained(**values), "no proper value of training") for name, values in {
+        "no date": {"date": None}, "a long loss": {"loss": "x" * 301}, "an unknown entry": {"more": 1},
+        "a folder of files": {"heads": {"Default": {**TRAINED["heads"]["Default"], "train_file": "train.xyz"}}},
+        "a list as an option": {"options": {"lr": [0.1]}},
+        "many options": {"options": dict.fromkeys(map(str, range(101)), 1)},
+        "a large number": {"epochs": 10**20}, "no whole number": {"epochs": 1.5}, "another stage": {"stage": "three"},
+        "no errors": {"errors": {"train": {}}},
+        "an error that is NaN": {"errors": {"train": {"structures": 1, "start": {"e": float("nan")}, "result": {}}}},
+        "many sets": {"errors": dict.fromkeys(map(str, range(1001)), TRAINED["errors"]["train"])},
+    }.items()},
     "a newer format": (lambda d: d.update(format=2), "has format 2, and this mace-peft"),
     "a format of many digits": (lambda d: d.update(format=10**4000), f"has format 1{'0' * 19}, and this mace-peft"),
     "an unknown field": (lambda d: d.update({"new\nfield": 1}), r"unknown fields ['new\nfield']"),
@@ -223,6 +249,34 @@ EDITS = {
 @pytest.mark.parametrize("edit, expected", EDITS.values(), ids=EDITS)
 def test_a_config_with_its_checksum_that_does_not_fit(foundation, saved, tmp_path, edit, expected):
     assert expected in refusal(foundation, write(tmp_path, edited(saved, edit)))
+
+
+def test_texts_of_a_training_are_shown_in_lines_of_their_own(saved, tmp_path):
+    """Whatever a stranger has written there, and however large its numbers are."""
+    odd = "x\x1b[2J\n| `a` |\u202e"
+    errors = {odd: {"structures": 2**53 - 1, "start": {"mae_e": 1e308, "mae_f": 1.0}, "result": {"mae_e": -1e-308}}}
+    head = {**TRAINED["heads"]["Default"], "train_file": [odd], "E0s": odd}
+    edit = trained(date=odd, loss=odd, options={odd: odd, "error_table": "TotalMAE"}, heads={odd: head}, errors=errors)
+    directory = write(tmp_path / "adapter", edited(saved, edit))
+    said = info(str(directory))
+    assert all(line.isprintable() and len(line) < 600 for line in said.splitlines())
+    usual = info(str(write(tmp_path / "other", edited(saved, trained()))))
+    assert said.count("\n") == usual.count("\n") - 1  # one of the two errors
+    storage.add_training(directory, json.loads((directory / CONFIG_FILE).read_text())["training"])
+    card = (directory / "README.md").read_text()
+    assert card.replace("\n", "").isprintable() and "`x\\x1b[2J\\n\\| 'a' \\|\\u202e`" in card
+
+
+def test_a_training_that_has_no_place_leaves_the_adapter(saved, tmp_path):
+    before = meaning(write(tmp_path, saved))
+    with pytest.raises(PeftError, match="no place for the loss of its training"):
+        storage.add_training(tmp_path, TRAINED | {"loss": "x" * 301})
+    assert meaning(tmp_path) == before
+    storage.add_training(tmp_path, TRAINED)
+    settings, description, tensors = meaning(tmp_path)
+    said = json.loads(description)
+    assert said.pop("training") == TRAINED and (settings, tensors) == (before[0], before[2])
+    assert {**said, "sha256": None} == {**json.loads(before[1]), "sha256": None}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

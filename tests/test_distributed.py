@@ -227,6 +227,16 @@ def test_two_processes_train_what_one_does_with_twice_the_batch_size(pair):
             assert line[value] == pytest.approx(expected[value], rel=1e-8)
 
 
+def test_two_processes_measure_what_one_does(pair):
+    """Of the validation set, two processes take the same number each."""
+    for stage in (False, True):
+        two, one = (run.adapter_config(stage)["training"] for run in pair)
+        assert two["errors"].keys() == one["errors"].keys() == {"train", "valid", "test"}
+        for of in ("start", "result"):
+            assert two["errors"]["train"][of] == pytest.approx(one["errors"]["train"][of], rel=1e-8)
+    assert [text.count("| foundation |") for text in pair[0].said("stdout")] == [2, 0]
+
+
 def test_all_ranks_train_the_same_adapters(pair):
     first, second = pair[0].trained()
     assert first.keys() == second.keys()

@@ -12,6 +12,7 @@ from runs import NAME, Run, around_training, relabel, train_here
 from tiny import configurations, predict
 
 from mace_peft import load_adapter
+from mace_peft.train import results
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -140,6 +141,9 @@ def test_where_no_epoch_beats_the_start_the_start_is_the_result(inputs, tmp_path
     assert_same(further.adapter_tensors(), first.adapter_tensors())
     (said,) = last_lines(further)
     assert "the start, as it was before the training, for no epoch of stage one was better" in said
+    training = further.adapter_config()["training"]
+    assert training["start"] == "adapter" and training["best_epoch"] is None
+    assert all(held["start"] == pytest.approx(held["result"]) for held in training["errors"].values())
     assert "try another --lr" in said and "WARNING" in further.log.splitlines()[-2]
     check_files(inputs, further, False)
 
@@ -185,6 +189,8 @@ def check_both_stages(inputs, folder) -> None:
     for stage_two in (False, True):
         check_files(inputs, run, stage_two)
     assert len(last_lines(run)) == 2
+    assert [run.adapter_config(stage_two)["training"]["best_epoch"] for stage_two in (False, True)] == [
+        run.progress().result(stage_two).epoch for stage_two in (False, True)]
 
 
 @pytest.mark.parametrize("path", STOPS.values(), ids=STOPS)
@@ -212,10 +218,14 @@ def test_tables_that_fail_are_told_of_and_the_run_goes_on(inputs, tmp_path, monk
     line = "No table of errors is computed (RuntimeError: injected)"
     assert Run(tmp_path).log.count(line) == 4  # of two stages, each on training and test structures
     check_both_stages(inputs, tmp_path)
+    assert Run(tmp_path).adapter_config()["training"]["errors"] == {}
 
 
-def test_figures_that_fail_are_told_of_and_the_run_goes_on(inputs, tmp_path, monkeypatch):
+def test_figures_and_texts_that_fail_are_told_of_and_the_run_goes_on(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(run_train.TrainingPlotter, "plot", fail)
+    monkeypatch.setattr(results, "add_training", fail)
     run = fine_tune(inputs, tmp_path, plot=True, plot_frequency=1)
     assert run.log.count("No figure is drawn (RuntimeError: injected)") == 3  # after two epochs, and in the end
+    assert run.log.count(f"{run.adapter()} does not say how it was trained (injected)") == 2
+    assert "training" not in run.adapter_config() and len(last_lines(run)) == 1
     check_files(inputs, run, False)

@@ -38,6 +38,8 @@ from runs import (
 from tiny import configurations, predict
 
 from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
+from mace_peft.adapter.facts import error_rows, error_table
+from mace_peft.inspect.info import info
 from mace_peft.methods.mmea import BOUND
 from mace_peft.model.adapted import fingerprint
 from mace_peft.model.targets import find_targets, unit
@@ -272,22 +274,31 @@ def test_the_log_lists_what_trains(finished, before_training, name):
     assert f"Trainable: {trained:,} parameters, {100 * trained / base:.1f} % of the base's {base:,}\n" in log
 
 
-@EVERY
-def test_the_first_validation_is_the_foundations_own(finished, before_training, name, tmp_path, caplog):
-    """Digit for digit: the foundation file with the E0s that the log prints, evaluated by MACE's own functions."""
-    run, given = finished(name), before_training(name)
+def foundation_with_E0s(run: Run) -> torch.nn.Module:
+    """The foundation file, with the E0s that the log prints."""
     foundation = torch.load(run.folder / "foundation.model", weights_only=False)
     elements = foundation.atomic_numbers.tolist()
     for z, energy in run.printed_E0s().items():
         foundation.atomic_energies_fn.atomic_energies[..., elements.index(z)] = energy
+    return foundation
 
+
+def evaluate_on(run: Run, part: str, model: torch.nn.Module, given: dict) -> tuple[float, dict]:
+    """Loss and errors of the model on the structures of a file of the run, by MACE's own functions."""
     keys = data.KeySpecification(info_keys={"energy": "REF_energy"}, arrays_keys={"forces": "REF_forces"})
-    structures = ase.io.read(run.folder / "valid.xyz", ":")
+    structures = ase.io.read(run.folder / f"{part}.xyz", ":")
+    table = AtomicNumberTable(model.atomic_numbers.tolist())
     dataset = [data.AtomicData.from_config(data.config_from_atoms(atoms, key_specification=keys), cutoff=4.0,
-                                           z_table=AtomicNumberTable(elements)) for atoms in structures]
+                                           z_table=table) for atoms in structures]
     loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=5)
-    loss, metrics = evaluate(foundation, given["loss_fn"], loader, given["output_args"], torch.device("cpu"))
+    return evaluate(model, given["loss_fn"], loader, given["output_args"], torch.device("cpu"))
 
+
+@EVERY
+def test_the_first_validation_is_the_foundations_own(finished, before_training, name, tmp_path, caplog):
+    """Digit for digit: the foundation file with the E0s that the log prints, evaluated by MACE's own functions."""
+    run, given = finished(name), before_training(name)
+    loss, metrics = evaluate_on(run, "valid", foundation_with_E0s(run), given)
     caplog.set_level("INFO")
     valid_err_log(loss, metrics, MetricsLogger(str(tmp_path), "valid"), "PerAtomRMSE", None, "Default")
     assert caplog.messages[-1].startswith("Initial: ")
@@ -310,6 +321,49 @@ def test_the_error_table_is_that_of_the_saved_model(finished, before_training, n
     assert len(tables) == len(CASES[name].stages)
     assert tables[stage_two].startswith(str(table))
     assert "Error-table on TEST:" in tables[stage_two]
+
+
+@every_stage()
+def test_the_adapter_says_how_it_was_trained(finished, before_training, name, stage_two):
+    """Its errors are those of the foundation with the E0s of the run, and of the saved model."""
+    run, given = finished(name), before_training(name)
+    training = run.adapter_config(stage_two)["training"]
+    for part, number in {"train": 8, "valid": 5, "test": 3}.items():
+        held = training["errors"][part]
+        assert held["structures"] == number
+        for of, model in {"start": foundation_with_E0s(run), "result": run.model(stage_two)}.items():
+            errors = evaluate_on(run, part, model, given)[1]
+            for error in ("mae_e", "mae_e_per_atom", "rmse_e_per_atom", "mae_f", "rmse_f"):
+                assert held[of][error] == pytest.approx(errors[error], rel=1e-8), (part, of, error)
+    files = {f"{part}_file": [f"{part}.xyz"] for part in ("train", "valid", "test")}
+    assert training["heads"]["Default"].items() >= (files | {"train": 8, "valid": 5}).items()
+    assert training["options"].items() >= {"lr": 0.01, "batch_size": 4, "seed": 1, "optimizer": "adam"}.items()
+    assert ("ema_decay" in training["options"]) == ("--ema" in CASES[name].flags)
+    stage = run.progress().result(stage_two)
+    assert training["best_epoch"] == stage.epoch and training["epochs"] == run.progress().epoch
+    assert training["start"] == "foundation" and f"INFO: {training['loss']}\n" in run.log
+    for file in ("README.md", "adapter_config.json"):
+        assert str(run.folder) not in (run.adapter(stage_two) / file).read_text()
+
+
+@every_stage()
+def test_the_last_lines_state_the_result(finished, name, stage_two):
+    """As ``info`` and the card do; what the last ones say loads the model."""
+    run = finished(name)
+    training = run.adapter_config(stage_two)["training"]
+    end, said = run.log.split("INFO: Done\n")[1], info(str(run.adapter(stage_two)))
+    card = (run.adapter(stage_two) / "README.md").read_text()
+    assert error_table(training) in end and said.endswith(error_table(training))
+    rows = error_rows(training)
+    assert [row[0] for row in rows] == ["train", "train", "valid", "valid", "test", "test"]
+    for _, _, error, start, result, lower in rows:
+        assert f" | {error} | {start} | {result} | {lower} |" in card
+    (atoms,), python = unseen(name)[:1], re.findall("In ASE: (.*)", end)[stage_two]
+    exec(python, {"atoms": atoms})
+    energies, forces = predict(run.model(stage_two), [atoms])
+    assert atoms.get_potential_energy() == pytest.approx(energies.item(), abs=1e-10)
+    np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-10)
+    assert ("MACECalculator" in python) == CASES[name].merges
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------
