@@ -17,7 +17,7 @@ from test_labels import COUNT, CUTOFF, LOSSES, TABLE, predicted, whole
 from tiny import configurations
 
 from mace_peft import PeftError
-from mace_peft.train.data.labels import LABELS, load_from_xyz
+from mace_peft.labels import LABELS, load_from_xyz
 from mace_peft.train.data.labels_and_loss import check_labels
 
 pytestmark = pytest.mark.usefixtures("double_precision")

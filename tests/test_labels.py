@@ -24,9 +24,9 @@ from mace.tools.torch_geometric.dataloader import DataLoader
 from runs import train_here, write_inputs
 from tiny import ELEMENTS, batch, configurations, tiny_mace
 
-from mace_peft import PeftError
+from mace_peft import PeftError, labels
 from mace_peft.train import losses, metrics
-from mace_peft.train.data import datasets, labels
+from mace_peft.train.data import datasets
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

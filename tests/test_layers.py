@@ -15,7 +15,7 @@ PACKAGE = Path(mace_peft.__file__).parent
 LAYERS = [
     ("errors", "e3nn", "elements", "patching", "restore", "startup"),
     ("files", "methods"),
-    ("config",),
+    ("config", "labels"),
     ("blocks",),
     ("backbones",),
     ("model",),
@@ -79,7 +79,7 @@ def test_e3nn_is_imported_in_one_place():
 
 def test_the_core_imports_without_mace():
     core = [name for name in MODULES if part_of(f"{name}.") in ("methods", "config", "backbones", "model", "adapter")
-            and name.rpartition(".")[2] not in ("mace", "foundation")]
+            and name.rpartition(".")[2] not in ("mace", "foundation", "batches")]
     core += ["mace_peft.blocks.e3nn", "mace_peft.inspect.spectra"]
     code = f"import sys; sys.path[:] = {sys.path!r}; sys.modules['mace'] = None; import {', '.join(core)}"
     subprocess.run([sys.executable, "-S", "-c", code], check=True)

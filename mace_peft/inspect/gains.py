@@ -1,20 +1,19 @@
 """The gains that an adapter has learnt, as plain values: those of gates at the atoms of structures, and constants."""
 
 import itertools
+import math
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from mace import data
-from mace.tools import AtomicNumberTable, torch_geometric
-from torch import Tensor, nn
-from tqdm import trange
+from mace.data import KeySpecification, config_from_atoms
+from torch import nn
+from tqdm import tqdm
 
-from mace_peft.backbones.foundation import default_dtype_of
+from mace_peft.backbones.batches import batches, check_elements
 from mace_peft.blocks.adapted import adapted_blocks, adapters_of
 from mace_peft.e3nn import o3
-from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 from mace_peft.inspect.gain_ranges import gates_with_gains, watched
 from mace_peft.methods import MMEA
@@ -44,9 +43,11 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
                         "draw an adapter of mmea or gates, with targets that give irreps other than 0e")
     check_structures(model, structures)
     gains: dict[str, list[np.ndarray]] = {name: [] for name in names.values()}
+    plain = [config_from_atoms(structure, KeySpecification.from_defaults()) for structure in structures]
+    total = math.ceil(len(plain) / BATCH)
     with torch.no_grad(), watched(model, lambda name, found: gains[name].append(found.cpu().numpy())):
-        for start in trange(0, len(structures), BATCH, desc="gains", unit="batch", disable=None):
-            model(batch(model, structures[start : start + BATCH]), training=False, compute_force=False)
+        for batch in tqdm(batches(model, plain, BATCH), total=total, desc="gains", unit="batch", disable=None):
+            model(batch.to_dict(), training=False, compute_force=False)
     numbers = np.concatenate([structure.numbers for structure in structures])
     atoms = {chemical_symbols[number]: int((numbers == number).sum()) for number in np.unique(numbers)}
     blocks = {name: distributions(name, gate, gains[name], numbers) for gate, name in names.items()}
@@ -58,20 +59,8 @@ def check_structures(model: nn.Module, structures: list[Atoms]) -> None:
     if not structures or not all(len(structure) for structure in structures):
         raise PeftError(f"{'a structure' if structures else 'the list of structures'} is empty: gains are those of "
                         "atoms, so give structures that have some")
-    known = model.atomic_numbers.tolist()
-    unknown = {number for structure in structures for number in structure.numbers.tolist()} - set(known)
-    if unknown:
-        raise PeftError(f"the structures have {symbols(unknown)}, which the model does not know (it knows "
-                        f"{symbols(known)}): leave out the structures with other elements")
-
-
-def batch(model: nn.Module, structures: list[Atoms]) -> dict[str, Tensor]:
-    """The structures as one batch, as MACE's data loaders make it, in the dtype and on the device of the model."""
-    table, keys = AtomicNumberTable(model.atomic_numbers.tolist()), data.KeySpecification.from_defaults()
-    with default_dtype_of(model):
-        graphs = [data.AtomicData.from_config(data.config_from_atoms(structure, keys), table, float(model.r_max),
-                                              heads=getattr(model, "heads", None)) for structure in structures]
-        return torch_geometric.Batch.from_data_list(graphs).to(next(model.parameters()).device).to_dict()
+    numbers = {number for structure in structures for number in structure.numbers.tolist()}
+    check_elements(numbers, model.atomic_numbers.tolist(), "the model")
 
 
 def distributions(name: str, gate: MMEA, batches: list[np.ndarray], numbers: np.ndarray) -> dict[str, dict[str, dict]]:

@@ -8,6 +8,7 @@ import types
 import torch
 from torch import nn
 
+from mace_peft import labels
 from mace_peft.backbones.foundation import first_E0s, take_over_rest
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
@@ -21,7 +22,7 @@ from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
-from mace_peft.train.data import datasets, labels
+from mace_peft.train.data import datasets
 from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
 from mace_peft.train.data.reading import Reading

@@ -14,8 +14,8 @@ import torch
 from mace.tools.scripts_utils import check_path_ase_read
 
 from mace_peft.errors import PeftError, did_you_mean, one_line
+from mace_peft.labels import LABELS
 from mace_peft.train.data.heads import OF_MP, read_heads, replays, replays_own_file
-from mace_peft.train.data.labels import LABELS
 
 LEAST = {"batch_size": 1, "valid_batch_size": 1, "eval_interval": 1, "patience": 1, **dict.fromkeys((
     "num_workers", "max_num_epochs", "scheduler_patience", "weight_decay", "ema_decay", "weight_pt_head",

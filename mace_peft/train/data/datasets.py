@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, one_line
-from mace_peft.train.data.labels import DEFAULT_KEYS, count, give_back, log_counts, weigh
+from mace_peft.labels import DEFAULT_KEYS, count, give_back, log_counts, weigh
 
 LMDB_KEYS = KeySpecification.from_defaults()  # MACE reads LMDB files with no others
 

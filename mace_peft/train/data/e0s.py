@@ -17,7 +17,7 @@ from torch import nn
 
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, did_you_mean, one_line
-from mace_peft.train.data.labels import ISOLATED, has, keys_of, read
+from mace_peft.labels import ISOLATED, has, keys_of, read
 
 WORDS = {"average", "estimated", "foundation", ISOLATED.lower()}
 REMEDY = "give a dictionary of atomic numbers and eV such as '{1: -13.6, 8: -2042.1}', a JSON file of one, or one of " \

@@ -6,8 +6,8 @@ import logging
 from mace.tools import build_default_arg_parser
 
 from mace_peft.errors import PeftError
+from mace_peft.labels import DEFAULT_KEYS, LABELS, keys_of, read
 from mace_peft.train.data.heads import PT_HEAD
-from mace_peft.train.data.labels import DEFAULT_KEYS, LABELS, keys_of, read
 
 # losses that take more than energies and forces, or less
 BOTH = ("energy", "forces")

@@ -11,11 +11,11 @@ from mace.tools.scripts_utils import check_path_ase_read, get_files_with_suffix
 
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
+from mace_peft.labels import ISOLATED, count
 from mace_peft.train.data.datasets import HDF5Dataset, check_elements_listed, parts_of
 from mace_peft.train.data.e0s import asked_E0s, check_energies_known, complete, narrow, with_energy
 from mace_peft.train.data.files import check_files, listed_elements, read_statistics, weights_by_type
 from mace_peft.train.data.heads import PT_HEAD, REPLAY_SETS
-from mace_peft.train.data.labels import ISOLATED, count
 from mace_peft.train.data.labels_and_loss import check_labels
 
 

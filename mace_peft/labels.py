@@ -50,12 +50,39 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
                       for atoms in structures]
     for number, configuration in enumerate(configurations):
         weigh(configuration, f"structure {number} of {file_path}")
+    if not no_data_ok:
+        check_labelled(configurations, structures, key_specification, file_path)
+    return energies, configurations
+
+
+def check_labelled(configurations: Sequence[Configuration], structures: Sequence[ase.Atoms],
+                   key_specification: KeySpecification, file_path: str) -> None:
+    """Raise PeftError if none of the configurations, made of these structures, has a label to train on."""
     counts = count(configurations, weighed=False)
-    if not no_data_ok and not (counts["energy"] or counts["forces"] or counts["dipole"]):
+    if not (counts["energy"] or counts["forces"] or counts["dipole"]):
         raise PeftError(f"no structure of {file_path} has a label: its keys are {', '.join(keys_of(structures))}, and "
                         f"{keys_asked(key_specification)} are asked for: give those of the file by --energy_key and "
                         "--forces_key")
-    return energies, configurations
+
+
+def label_keys(**keys: str | None) -> KeySpecification:
+    """MACE's own keys of labels, but those that are given: ``label_keys(energy="energy", forces=None)``."""
+    specification = KeySpecification.from_defaults()
+    for held in (specification.info_keys, specification.arrays_keys):
+        held.update({name: key for name, key in keys.items() if key is not None and name in held})
+    return specification
+
+
+def from_atoms(structures: Iterable[ase.Atoms], keys: KeySpecification, where: str) -> list[Configuration]:
+    """The structures, which stay as they are, with labels as MACE takes them. Raises PeftError where ``weigh`` does."""
+    configurations = []
+    for number, atoms in enumerate(structures):
+        labelled = atoms.copy()
+        labelled.calc = atoms.calc
+        give_back(labelled, keys)
+        configurations.append(config_from_atoms(labelled, keys))
+        weigh(configurations[-1], f"structure {number} of {where}")
+    return configurations
 
 
 def put_in_head(structures: Sequence[ase.Atoms], key: str, head_name: str, file_path: str) -> None:
