@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 
@@ -27,14 +28,14 @@ class PeftConfig:
         ``gates``, ``scales``, ``elora+scales`` or ``small``. It says which of the settings below act, and what they are
         unless given; the others are None.
     rank: the width of a gate's hidden layer, or of the low-rank factors; or ``auto``: each module has its own, chosen
-        from the training set (``mace_peft.model.ranks``) within the budget.
+        from the training set (``choose_ranks``) within the budget.
     alpha: low-rank updates are scaled by alpha / rank; None means alpha = rank, as published.
     targets: where adapters go, and nothing else: a placement (``products``, ``linears``, ``published``, ``all``) or
-        comma-separated glob patterns over the names of modules.
+        comma-separated glob patterns over the names of modules, or a list of them.
     gate: ``bounded``: gains lie within fixed bounds, and an atom without neighbours keeps its energy; or ``exp``, as
         published: a gain is exp(g) (``mace_peft.methods.MMEA``).
     init_std: standard deviation of a gate's scalar shift at the start; 0 makes step 0 equal to the foundation.
-    train_also: comma-separated glob patterns over the names of base parameters that train along.
+    train_also: comma-separated glob patterns, or a list, over the names of base parameters that train along.
     budget: what the adapters of rank ``auto`` may train, as a number of parameters or a share of the base's: ``5%``.
     rank_pattern: the ranks that were chosen, by module: ``{name: rank}``.
 
@@ -44,15 +45,17 @@ class PeftConfig:
     method: str
     rank: int | str | None = None
     alpha: float | None = None
-    targets: str | None = None
+    targets: str | Sequence[str] | None = None
     gate: str | None = None
     init_std: float | None = None
-    train_also: str | None = None
+    train_also: str | Sequence[str] | None = None
     budget: str | None = None
-    rank_pattern: tuple[tuple[str, int], ...] | None = None
+    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
 
     def __post_init__(self):
         check_choice("<method>", self.method, METHODS)
+        for name in ("targets", "train_also"):
+            self.settle(name, joined(getattr(self, name)))
         check_effect(vars(self))
         defaults = {"targets": self.row.targets, "rank": self.row.rank if self.has_rank else None}
         defaults |= {"gate": GATES[0], "init_std": 0.0} if self.row.has_gates else {}
@@ -90,7 +93,7 @@ class PeftConfig:
             self.settle("rank_pattern", check_ranks(self.rank_pattern))
 
     def settle(self, name: str, value: object) -> None:
-        """Plain values, whatever number types came in: they go to JSON."""
+        """Plain values, whatever types came in: they go to JSON."""
         object.__setattr__(self, name, value)
 
     @property
@@ -177,6 +180,12 @@ def check_ranks(pattern: object) -> tuple[tuple[str, int], ...]:
             raise PeftError(f"rank_pattern {name!r:.200} is no table of ranks: use {{name of a module: rank}}")
         check_number(f"rank_pattern {name:.200}", rank, Integral, *RANKS)
     return tuple(sorted((name, int(rank)) for name, rank in ranks.items()))
+
+
+def joined(patterns: object) -> object:
+    """A list of patterns as one text; anything else as it is."""
+    several = isinstance(patterns, (list, tuple)) and all(isinstance(pattern, str) for pattern in patterns)
+    return ",".join(patterns) if several else patterns
 
 
 def split_patterns(patterns: str | None) -> list[str]:

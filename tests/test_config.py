@@ -1,6 +1,8 @@
 """PeftConfig: every value outside its rules is refused in one line that names the value and the remedy."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,10 +38,11 @@ REFUSED = [
     ({"targets": ""}, ["targets ''", *PLACES]),
     ({"targets": " , "}, ["targets ' , '", *PLACES]),
     ({"targets": 5}, ["targets 5", *PLACES]),
-    ({"targets": ["products.*"]}, ["targets ['products.*']", *PLACES]),
+    ({"targets": ["products.*", 5]}, ["targets ['products.*', 5]", *PLACES]),
+    ({"targets": []}, ["targets ''", *PLACES]),
     ({"targets": "products.*," * 600}, ["targets 'products.*,", "6600 characters, of at most 5000", "a placement"]),
     ({"train_also": "*" * 5001}, ["train_also '***", "5001 characters, of at most 5000", "leave it out"]),
-    ({"train_also": ["readouts.*"]}, ["train_also ['readouts.*']", "comma-separated"]),
+    ({"train_also": {"readouts.*"}}, ["train_also {'readouts.*'}", "comma-separated"]),
     ({"targets": "a\x1b[31m\nb"}, [r"targets 'a\x1b[31m\nb' has signs that cannot be printed", *PLACES]),
     ({"train_also": "a,\u202eb"}, [r"train_also 'a,\u202eb' has signs that cannot be printed", "leave it out"]),
     ({"targets": ",".join(map(str, range(201)))}, ["targets '0,1,2", "has 201 patterns, of at most 200"]),
@@ -145,6 +148,12 @@ def test_numbers_of_numpy_survive_json():
     assert PeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_patterns_is_as_their_text(kind):
+    config = PeftConfig("elora", targets=kind(["interactions.*.linear", "products.*"]), train_also=kind(["readouts.*"]))
+    assert config == PeftConfig("elora", targets="interactions.*.linear,products.*", train_also="readouts.*")
+
+
 def test_options_are_what_one_types():
     config = PeftConfig("elora", rank=3, targets="interactions.*")
     assert config.options() == "--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.*"
@@ -162,5 +171,8 @@ def test_the_package_names_what_it_offers():
 
     assert set(mace_peft.__all__) <= set(dir(mace_peft))
     assert all(getattr(mace_peft, name) is not None for name in mace_peft.__all__)
+    stub = ast.parse(Path(mace_peft.__file__).with_name("__init__.pyi").read_text())
+    told = {(alias.name, node.module) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert told == {(name, f"mace_peft.{module}") for name, module in mace_peft._PUBLIC.items()}  # to type checkers
     with pytest.raises(AttributeError, match="'ejects'"):
         mace_peft.ejects  # noqa: B018

@@ -280,9 +280,15 @@ def test_a_model_that_holds_an_adapted_one_takes_no_adapters(tmp_path):
     inject(torch.nn.Sequential(eject(model)), PeftConfig("elora", rank=1))
 
 
-def test_a_file_is_no_foundation(tmp_path):
-    with pytest.raises(PeftError, match="'foundation.model' is no model: give one that torch.load has loaded"):
-        load_adapter("foundation.model", tmp_path)
+def test_the_path_of_a_foundation_will_do(tmp_path):
+    model = randomise(inject(tiny_mace(), PeftConfig("elora", rank=2)))
+    path = tmp_path / "foundation.model"
+    torch.save(tiny_mace(), path)
+    save_adapter(model, tmp_path / "mine")
+    for one in (path, str(path)):
+        assert same(predict(load_adapter(one, tmp_path / "mine"), STRUCTURES), predict(model, STRUCTURES))
+    with pytest.raises(PeftError, match="nowhere.model is neither a file nor a name that MACE knows"):
+        load_adapter("nowhere.model", tmp_path / "mine")
 
 
 @pytest.mark.parametrize("spoil, named", [

@@ -6,18 +6,30 @@ import functools
 import re
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from combined import train_only, write_small
+from e3nn import o3
 from mace.modules import WeightedEnergyForcesLoss
 from runs import train_here
 from test_reload import assert_reloads
-from tiny import assert_equal, configurations, loaded, predict, randomise, tiny_mace
+from tiny import assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, eject, inject, merge, save_adapter, trainable_parameters
+from mace_peft import (
+    PeftConfig,
+    PeftError,
+    choose_ranks,
+    eject,
+    inject,
+    merge,
+    print_trainable_parameters,
+    save_adapter,
+    trainable_parameters,
+)
 from mace_peft.inspect.figures import plot
 from mace_peft.inspect.info import info
-from mace_peft.model.ranks import choose_ranks
 from mace_peft.model.targets import find_targets
 from mace_peft.train.options import read_settings
 from mace_peft.train.start import settings_from
@@ -69,6 +81,15 @@ def test_each_module_has_its_own_rank(config):
     assert all(name.endswith((".adapter.g", ".adapter.s.atomic_energies")) for name in without)
 
 
+def test_what_trains_is_printed(capsys):
+    model = inject(tiny_mace(), chosen(CASES["small"]))
+    print_trainable_parameters(model)
+    trained, all_of_it = (sum(p.numel() for p in parameters) for parameters in
+                          (trainable_parameters(model).values(), model.parameters()))
+    assert capsys.readouterr().out == (f"trainable params: {trained:,} || all params: {all_of_it:,} || trainable%: "
+                                       f"{100 * trained / all_of_it:.4f}\n")
+
+
 @every
 def test_the_choice_is_the_same_each_time_and_leaves_no_trace(config):
     model = tiny_mace()
@@ -78,6 +99,26 @@ def test_the_choice_is_the_same_each_time_and_leaves_no_trace(config):
     assert torch.equal(torch.rand(1), expected)
     assert_equal(predict(model, configurations(1)), predict(before, configurations(1)))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_labelled_structures_are_chosen_from():
+    """As by a function that leaves the gradients of the loss of forces; E0s and energies do not act."""
+    def of_forces(model):
+        output = model(batch(model, configurations(4)), training=True, compute_force=True)
+        forces = np.concatenate([atoms.arrays["REF_forces"] for atoms in configurations(4)])
+        (output["forces"] - torch.from_numpy(forces)).pow(2).mean().backward()
+
+    structures, config, model = configurations(4), CASES["small"], tiny_mace()
+    expected = choose_ranks(tiny_mace(), config, of_forces)
+    for atoms in structures:
+        atoms.info["REF_energy"] += 1e4
+    model.atomic_energies_fn.atomic_energies += 1e3
+    assert choose_ranks(model, config, structures) == expected
+    for atoms in structures:  # where ASE puts what it calls forces
+        atoms.calc = SinglePointCalculator(atoms, forces=atoms.arrays.pop("REF_forces"))
+    assert choose_ranks(model, config, structures, forces_key="forces") == expected
+    assert all("forces" not in atoms.arrays for atoms in structures)
+    inject(model, expected)
 
 
 def gradients(**given):
@@ -194,6 +235,21 @@ def test_what_does_not_fit_together_is_refused():
     assert "targets products differs from the all" in fails(settings_from, other, {"targets": "products"}, "the file")
     assert "no target" in fails(inject, tiny_mace(interactions=1), other)
     assert "leaves no ranks to choose" in fails(choose_ranks, tiny_mace(), PeftConfig("elora"), differentiate)
+
+
+def test_structures_from_which_nothing_can_be_learnt_are_refused():
+    plain = [atoms.copy() for atoms in configurations(2)]
+    for atoms in plain:
+        atoms.arrays["force"] = atoms.arrays.pop("REF_forces")
+    message = fails(choose_ranks, tiny_mace(), PeftConfig("small"), plain)
+    assert message == ("no structure has forces under the key REF_forces: give theirs as forces_key; the keys are "
+                       "REF_energy, force")
+    assert "no structure has forces" in fails(choose_ranks, tiny_mace(), PeftConfig("small"), [])
+    assert "have S, which the model does not know" in fails(
+        choose_ranks, tiny_mace(), PeftConfig("small"), configurations(1, "SH2"))
+    layers = torch.nn.Sequential(o3.Linear("4x0e", "4x0e"))
+    assert "this Sequential takes no structures: give a function" in fails(
+        choose_ranks, layers, PeftConfig("elora", rank="auto"), plain)
 
 
 def test_a_rank_above_what_its_module_can_use_leaves_the_model_as_it_was():

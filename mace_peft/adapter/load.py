@@ -18,9 +18,10 @@ from mace_peft.model.retired import retire
 HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 
 
-def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.PathLike) -> nn.Module:
     """Make the foundation the trained model, in place: all but its adapters is frozen then. Returns it.
 
+    Of a MACE model, its file or a name that MACE knows will do, which is loaded on the CPU in its own dtype.
     The foundation may have another dtype or device than in training. It takes the elements and heads that the adapter
     was trained for, as ``mace_run_train`` narrowed them: load another adapter, of other elements, onto the foundation's
     file. What has an adapter already swaps it for this one. An optimizer or a moving average that holds the parameters
@@ -28,8 +29,12 @@ def load_adapter(foundation: nn.Module, directory: str | os.PathLike) -> nn.Modu
     No code from the directory runs.
 
     Raises PeftError, and leaves the model as it was, if the directory holds no complete adapter, or one that was
-    trained from another foundation, and if the foundation is no model.
+    trained from another foundation, and if the foundation is no model or cannot be loaded.
     """
+    if isinstance(foundation, (str, os.PathLike)):
+        from mace_peft.backbones.foundation import load_foundation  # which needs mace-torch
+
+        foundation = load_foundation(os.fspath(foundation))
     backbone = backbone_of(foundation)
     check_switched_on(foundation)
     config, description, tensors = read_adapter(directory)

@@ -37,7 +37,8 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     """
     targets = check(model, config)
     if config.rank == "auto" and config.rank_pattern is None:
-        raise PeftError("<rank> auto has to be chosen from data first: see mace_peft.model.ranks.choose_ranks")
+        raise PeftError("<rank> auto has to be chosen from data first: call choose_ranks(model, config, structures) "
+                        "with labelled ase.Atoms, and inject the settings that it returns")
     foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
     originals = {name: model.get_parameter(name).detach().clone() for name in
                  find_parameters(model, config.train_also)}

@@ -8,18 +8,23 @@ singular value is largest for the parameters that it costs, until the budget is 
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+from ase import Atoms
 from prettytable import PrettyTable
 from torch import nn
 
+from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Adapted, Updated, adapted_blocks, adapters_of, weights_of
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model.inject import inject
 from mace_peft.model.targets import Target, find_targets
 
+STRUCTURES = 256  # that are looked at, at most
+BATCH = 10  # structures at once
 WIDE = 32  # hidden channels of a gate whose gradients are looked at, and the largest rank that it can get
 
 
@@ -42,14 +47,20 @@ class Candidate:
         return self.gains[self.rank] / self.cost if self.rank < len(self.gains) else 0.0
 
 
-def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[nn.Module], None]) -> PeftConfig:
+def choose_ranks(model: nn.Module, config: PeftConfig, data: Sequence[Atoms] | Callable[[nn.Module], None], *,
+                 forces_key: str | None = None) -> PeftConfig:
     """The settings with ``rank_pattern`` for this model, which has no adapters and stays as it is.
 
-    ``differentiate(model)`` leaves the gradients of the loss in the parameters of the model that it is given. Raises
-    PeftError if the rank is not ``auto``, if the budget is too small for any adapter, or if a gradient is not finite.
+    data: labelled structures, whose forces (eV/A, under ``forces_key``, by default MACE's REF_forces) a MACE model
+    shall learn; E0s do not act on these. Or, for any model and loss, a function: ``data(model)`` leaves the gradients
+    of the loss in the parameters of the model that it is given, as a run has them.
+
+    Raises PeftError if the rank is not ``auto``, if the budget is too small for any adapter, if a gradient is not
+    finite, and for structures without forces or of elements that the model does not know.
     """
     if config.rank != "auto":
         raise PeftError(f"rank {config.rank} leaves no ranks to choose: use rank auto")
+    differentiate = data if callable(data) else learn_forces(model, data, forces_key)
     base = sum(parameter.numel() for parameter in model.parameters())
     share = config.budget.endswith("%")
     budget = int(base * float(config.budget[:-1]) / 100) if share else int(config.budget)
@@ -74,6 +85,37 @@ def choose_ranks(model: nn.Module, config: PeftConfig, differentiate: Callable[[
     if torch.distributed.is_initialized():  # by rounding, the processes could have come to other ones
         torch.distributed.broadcast_object_list(shared)
     return dataclasses.replace(config, rank_pattern=shared[0])
+
+
+def learn_forces(model: nn.Module, structures: Sequence[Atoms], key: str | None) -> Callable[[nn.Module], None]:
+    """What leaves the gradients of MACE's loss of forces in a model, from an even part of the structures.
+
+    Raises PeftError for a model that is none of MACE's, and for structures that it cannot learn from.
+    """
+    if backbone_of(model).name != "mace":
+        raise PeftError(f"this {type(model).__name__} takes no structures: give a function that leaves the gradients "
+                        "of its loss")
+    from mace.modules import WeightedForcesLoss  # here and below: other models go without mace-torch
+
+    from mace_peft.backbones.batches import batches, check_elements
+    from mace_peft.labels import count as count_labels
+    from mace_peft.labels import from_atoms, keys_of, label_keys
+
+    check_elements({number for atoms in structures for number in atoms.numbers.tolist()},
+                   model.atomic_numbers.tolist(), "the model")
+    keys = label_keys(forces=key)
+    labelled = from_atoms(structures, keys, "the list")
+    if not count_labels(labelled)["forces"]:
+        raise PeftError(f"no structure has forces under the key {keys.arrays_keys['forces']}: give theirs as "
+                        f"forces_key; the keys are {', '.join(keys_of(structures))}")
+
+    def differentiate(adapted: nn.Module) -> None:
+        loss = WeightedForcesLoss()
+        for batch in batches(adapted, labelled[:: math.ceil(len(labelled) / STRUCTURES)], BATCH):
+            output = adapted(batch.to_dict(), training=True, compute_force=True)
+            torch.autograd.backward(loss(pred=output, ref=batch), inputs=list(adapted.parameters()))
+
+    return differentiate
 
 
 def find_candidates(model: nn.Module, config: PeftConfig, differentiate) -> tuple[dict[str, Candidate], int]:

@@ -1,4 +1,6 @@
-"""The table of adapted modules that a run logs."""
+"""What trains, as text: the table of adapted modules that a run logs, and one line."""
+
+from collections.abc import Iterable
 
 from prettytable import PrettyTable
 from torch import nn
@@ -37,5 +39,14 @@ def size_of_base(model: nn.Module) -> int:
                                            for block in adapted_blocks(model).values())
 
 
-def count(parameters) -> int:
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters train, how many the model has, adapters included, and the share in percent.
+
+    Raises PeftError if there is no adapter.
+    """
+    trainable, total = count(trainable_parameters(model).values()), count(model.parameters())
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
