@@ -1,4 +1,4 @@
-"""The ``mace_peft`` command: look at adapters, export and plot them."""
+"""The ``mace_peft`` command: look at adapters, export, plot and evaluate them."""
 
 import argparse
 import importlib
@@ -53,4 +53,19 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--foundation", required=True, help="the model that the adapter was trained from")
     plot.add_argument("--structures", metavar="FILE", help="structures for MMEA's gains, in a format ASE reads")
     plot.set_defaults(runs=("mace_peft.inspect.figures", "plot"))
+
+    evaluate = commands.add_parser("evaluate", help="errors of a foundation and of adapters on labelled structures")
+    evaluate.add_argument("foundation", metavar="FOUNDATION", help="the model that the adapters were trained from; its "
+                          "energies are taken with the E0s of each")
+    evaluate.add_argument("adapters", metavar="DIR", nargs="*", help="adapter directories")
+    evaluate.add_argument("--structures", metavar="FILE", required=True, help="structures with labels, in a format ASE "
+                          "reads")
+    evaluate.add_argument("--plot", metavar="FILE", help="also draw predictions over labels, to a file such as a.png")
+    for name in ("energy", "forces", "stress"):
+        evaluate.add_argument(f"--{name}_key", metavar="KEY", help=f"default: REF_{name}")
+    evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    evaluate.add_argument("--default_dtype", choices=("float32", "float64"), help="default: that of the training")
+    evaluate.add_argument("--batch_size", type=int, default=10, metavar="N", help="structures at once; default: 10")
+    evaluate.add_argument("--head", help="the head that predicts, where the model has several")
+    evaluate.set_defaults(runs=("mace_peft.inspect.evaluate", "evaluate"))
     return parser

@@ -132,6 +132,14 @@ def test_plot_writes_a_figure_of_each_kind(command, folder):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_prints_a_table_and_draws(command, folder):
+    said = command("evaluate", FOUNDATION, "elora", "mmea", "--structures", "water.xyz", "--energy_key", "REF_energy",
+                   "--batch_size", "1", "--default_dtype", "float32", "--plot", "parity.png")
+    assert said.startswith("Errors on water.xyz (2 energies, 6 forces on atoms)\n")
+    assert said.endswith("\nWrote parity.png\n") and "| mmea " in said and f"| {FOUNDATION}, E0s of elora " in said
+    assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_names_of_files_are_printable(command, folder):
     shutil.copytree(folder / "elora", folder / "mine\x1b[31m\n")
     said = command("export", FOUNDATION, "elora", "out\x1b[31m\n.model") \
@@ -178,6 +186,8 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
     (["plot", "scalars", "--foundation", "scalars.model"],
      ["--peft mmea with --peft_targets products has no low-rank update to draw"]),
     (["plot", "scales", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["no effect on scales"]),
+    (["evaluate", "mmea", FOUNDATION, "--structures", "water.xyz"], ["mmea is a directory", "comes first"]),
+    (["evaluate", FOUNDATION, "mmea", "--structures", "water.xyz", "--plot", "no/a.png"], ["no is no directory"]),
 ], ids=" ".join)
 def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
     before = {path.name for path in folder.iterdir()}
@@ -187,7 +197,9 @@ def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
 
 
 @pytest.mark.parametrize("arguments, name", [(["export", FOUNDATION, "elora", "out.model"], "out.model"),
-                                             (["plot", "elora", "--foundation", FOUNDATION], "elora_updates.png")])
+                                             (["plot", "elora", "--foundation", FOUNDATION], "elora_updates.png"),
+                                             (["evaluate", FOUNDATION, "--structures", "water.xyz", "--plot", "a.png"],
+                                              "a.png")])
 def test_what_the_disk_does_not_take_is_one_line(refusal, folder, small_files, arguments, name):
     before = {path: path.stat().st_size for path in folder.iterdir()}
     line = refusal(*arguments)
@@ -195,8 +207,8 @@ def test_what_the_disk_does_not_take_is_one_line(refusal, folder, small_files, a
     assert {path: path.stat().st_size for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["export"], ["plot", "mmea"], ["export", *"abc", "--format", "lamps"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["export"], ["plot", "mmea"], ["evaluate", FOUNDATION],
+                                       ["export", *"abc", "--format", "lamps"]], ids=" ".join)
 def test_wrong_usage_has_exit_code_2(command, capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         command(*arguments)

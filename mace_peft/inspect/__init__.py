@@ -1,1 +1,1 @@
-"""What an adapter is and what it has learnt, as text, values and figures."""
+"""What an adapter is, what it has learnt and how good it is, as text, values and figures."""

@@ -1,0 +1,108 @@
+"""``mace_peft evaluate``: the errors of a foundation and of adapters as a table, and as a figure."""
+
+import io
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mace.tools import compute_mae, compute_rmse
+from matplotlib import rc_context
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
+from prettytable import PrettyTable
+
+from mace_peft.errors import PeftError, printable
+from mace_peft.files import REMEDY, check_regular, write_complete
+from mace_peft.inspect.compare import Values, compare
+from mace_peft.inspect.figures import STYLE
+
+
+class Quantity(NamedTuple):
+    """What a label is called: in the table, where they are counted, and its unit."""
+
+    short: str
+    counted: str
+    unit: str
+
+
+QUANTITIES = {"energy": Quantity("E", "energies", "eV/atom"), "forces": Quantity("F", "forces on atoms", "eV/A"),
+              "stress": Quantity("stress", "stresses", "eV/A^3")}
+
+
+def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: str | None = None, **options) -> str:
+    """The errors of the predictions of ``compare`` as text: a row per model, with MAE and RMSE of the energies per atom
+    (meV/atom), the forces (meV/A), and of stresses (meV/A^3) where the file has them.
+
+    plot: a figure to write, of predictions over labels. options: those of ``compare``.
+
+    Raises PeftError where ``compare`` does, and before that for a figure that cannot be written.
+    """
+    if plot is not None:
+        check_figure(plot, [foundation, structures, *adapters])
+    labels, predictions = compare(foundation, adapters, structures, **options)
+    counts = ", ".join(f"{len(values):,} {QUANTITIES[name].counted}" for name, values in labels.items())
+    said = f"Errors on {printable(structures)} ({counts})\n{table(labels, predictions)}"
+    if plot is None:
+        return said
+    content = io.BytesIO()
+    draw(labels, predictions).savefig(content, format=file_format(plot))
+    write_complete(plot, content.getbuffer(), remedy=REMEDY)
+    return f"{said}\nWrote {printable(plot)}"
+
+
+def table(labels: Values, predictions: list[tuple[str, Values]]) -> PrettyTable:
+    quantities = [QUANTITIES[name] for name in labels]
+    rows = PrettyTable(["model", *(f"{quantity.short} {error} (m{quantity.unit})" for quantity in quantities
+                                   for error in ("MAE", "RMSE"))], align="r")
+    rows.align["model"] = "l"
+    for model, predicted in predictions:
+        errors = [compute(predicted[name] - label) for name, label in labels.items()
+                  for compute in (compute_mae, compute_rmse)]
+        rows.add_row([printable(model), *(f"{1000 * error:,.2f}" for error in errors)])
+    return rows
+
+
+@rc_context(STYLE)
+def draw(labels: Values, predictions: list[tuple[str, Values]]) -> Figure:
+    """Predictions over labels: a panel per kind of label, a colour per model. Energies are relative to the labels'
+    mean."""
+    width = max(4.8, 3.2 * len(labels))
+    names = ["\n".join(textwrap.wrap(printable(model), int(14 * width))) for model, _ in predictions]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(width, 3.6 + 0.17 * lines), dpi=150, layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True):
+        quantity, middle = QUANTITIES[name], label.mean() if name == "energy" else 0.0
+        for number, (_, predicted) in enumerate(predictions):
+            axes.plot(label.flatten() - middle, predicted[name].flatten() - middle, ".", color=f"C{number}",
+                      markersize=4, alpha=0.6, markeredgewidth=0, rasterized=True)
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
+        axes.set_aspect("equal", adjustable="datalim")
+        mean = " - mean of the labels" if name == "energy" else ""
+        axes.set_xlabel(f"label: {name}{mean} ({quantity.unit})")
+        axes.set_ylabel(f"prediction ({quantity.unit})")
+    # those of the last panel stand for all
+    figure.legend(axes.lines[:-1], names, loc="outside lower center", frameon=False, markerscale=2)
+    return figure
+
+
+def check_figure(path: str, given: Sequence[str | os.PathLike]) -> None:
+    """Raise PeftError if no figure can be written there, or if it would take the place of what is given."""
+    folder, formats = Path(path).absolute().parent, sorted(FigureCanvasBase.filetypes)
+    if file_format(path) not in formats:
+        raise PeftError(f"--plot {path} ends on no format of figures: use a name that ends on one of .png, .pdf and "
+                        f"{', '.join(f'.{one}' for one in formats if one not in ('png', 'pdf'))}")
+    if not folder.is_dir():
+        raise PeftError(f"--plot {path} cannot be written, for {folder} is no directory: make it, or give another path")
+    check_regular(path)
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise PeftError(f"--plot {path} cannot be written, for it is not allowed to you: give another path")
+    for one in given:
+        inside = Path(one).is_dir() and folder.resolve() == Path(one).resolve()
+        if inside or (Path(path).exists() and Path(one).exists() and Path(path).samefile(one)):
+            raise PeftError(f"--plot {path} would change {one}, which was given: give another name")
+
+
+def file_format(path: str) -> str:
+    return Path(path).suffix[1:].lower()
