@@ -34,7 +34,7 @@ def test_the_wheel_carries_the_hook_and_records_it(sources, scratch, tmp_path):
         (record,) = (name for name in wheel.namelist() if name.endswith("RECORD"))
         recorded = [row[0] for row in csv.reader(io.StringIO(wheel.read(record).decode()))]
         top_level = {name.split("/")[0] for name in wheel.namelist()}
-    assert HOOK in recorded
+    assert {HOOK, "mace_peft/py.typed", "mace_peft/__init__.pyi"} <= set(recorded)
     assert top_level == {HOOK, "mace_peft", record.split("/")[0]}
 
 
