@@ -7,6 +7,7 @@ from second_device import CPU, CUDA, device_of, second_device
 from tiny import configurations, tiny_mace
 
 import mace_peft
+from mace_peft.inspect.compare import compare
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = {
@@ -45,6 +46,8 @@ def test_a_run_goes_on_and_its_adapter_loads(tmp_path, options):
         atoms = configurations(1, FEWER_ELEMENTS)[0]
         atoms.calc = mace_peft.calculator(tiny_mace(), tmp_path / "run_adapter", device="cuda")
         atoms.get_forces()
+        compare(str(tmp_path / "foundation.model"), [tmp_path / "run_adapter"], str(tmp_path / "test.xyz"),
+                device="cuda")
 
 
 def test_a_run_on_cuequivariance(tmp_path):
