@@ -14,6 +14,7 @@ import pytest
 import torch
 from ase import Atoms
 from e3nn import o3
+from matplotlib.text import Text
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, inject
@@ -393,22 +394,57 @@ def test_gains_over_more_than_a_decade_have_a_log_scale(factor, scale):
     assert axes.get_yscale() == scale
 
 
-@pytest.mark.parametrize("modules, elements", [(1, ["Si"]), (2, ["H", "C", "N", "O", "Si", "Cl"]), (12, ["H", "O"])])
-def test_texts_neither_overlap_nor_leave_the_figure(modules, elements):
-    box = {"whislo": 0.5, "q1": 0.9, "med": 1.0, "q3": 1.1, "whishi": 2.0}
-    irreps = {irrep: dict.fromkeys(elements, box) for irrep in ("1o", "2e", "3o")}
-    names = [f"field_dependent_charges_maps.{i}.potential_embedding.potential_linear" for i in range(modules)]
-    figure = draw_gains({"peft": PeftConfig("mmea").to_dict(), "structures": 1, "atoms": dict.fromkeys(elements, 5),
-                         "blocks": dict.fromkeys(names, irreps)})
+def check_texts(figure, but=frozenset()):
+    """All texts lie inside the figure, and none, but for these, on another."""
     figure.draw_without_rendering()
-    texts = [figure._suptitle, figure._supylabel, *figure.legends]
-    for axes in figure.axes:
-        texts += [axes.title, *axes.get_xticklabels(minor=True), *axes.get_xticklabels()]
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:  # where it ends, no tick is drawn
+        low, high = sorted(axis.get_view_interval())
+        undrawn = {label for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+                   if not low <= tick.get_loc() <= high for label in (tick.label1, tick.label2)}
+        texts = [text for text in texts if text not in undrawn]
     extents = [text.get_window_extent() for text in texts]
-    irrep_labels = {text for axes in figure.axes for text in axes.get_xticklabels()}  # whose first line is empty
     for one, text in zip(extents, texts, strict=True):
         assert figure.bbox.x0 <= one.x0 < one.x1 <= figure.bbox.x1, text
         assert figure.bbox.y0 <= one.y0 < one.y1 <= figure.bbox.y1, text
     for (one, first), (other, second) in itertools.combinations(zip(extents, texts, strict=True), 2):
-        if not {first, second} & irrep_labels:
+        if not {first, second} & but:
             assert not one.overlaps(other), (first, second)
+    return texts
+
+
+LONG_NAMES = [f"field_dependent_charges_maps.{i}.potential_embedding.potential_linear" for i in range(12)]
+
+
+@pytest.mark.parametrize("modules, elements", [(1, ["Si"]), (2, ["H", "C", "N", "O", "Si", "Cl"]), (12, ["H", "O"])])
+def test_texts_of_gains_neither_overlap_nor_leave_the_figure(modules, elements):
+    box = {"whislo": 0.5, "q1": 0.9, "med": 1.0, "q3": 1.1, "whishi": 2.0}
+    irreps = {irrep: dict.fromkeys(elements, box) for irrep in ("1o", "2e", "3o")}
+    figure = draw_gains({"peft": PeftConfig("mmea").to_dict(), "structures": 1, "atoms": dict.fromkeys(elements, 5),
+                         "blocks": dict.fromkeys(LONG_NAMES[:modules], irreps)})
+    irrep_labels = {text for axes in figure.axes for text in axes.get_xticklabels()}  # whose first line is empty
+    texts = check_texts(figure, irrep_labels)
+    assert {figure._suptitle, figure._supylabel} < set(texts)
+
+
+@pytest.mark.parametrize("modules", [1, 3, 12])
+def test_texts_of_constant_gains_neither_overlap_nor_leave_the_figure(modules):
+    gains = {"peft": PeftConfig("small").to_dict(), "units": dict.fromkeys(LONG_NAMES[:modules], [0.9, 1.0, 1.3])}
+    figure = draw_constant_gains(gains)
+    texts = check_texts(figure)
+    assert {figure._suptitle, figure._supxlabel, *figure.axes[0].get_yticklabels()} < set(texts)
+
+
+@pytest.mark.parametrize("modules, weights", [(1, 1), (4, 3), (12, 5)])
+def test_updates_fill_their_panels_and_their_texts_stay_outside(modules, weights):
+    updates = [{"weight": f"contractions.{i}", "weight_norm": 1.0, "singular_values": [0.3, 0.03, 0.003]}
+               for i in range(weights)]
+    units = dict.fromkeys(LONG_NAMES[:modules], updates)
+    figure = draw_updates({"peft": PeftConfig("elora").to_dict(), "units": units})
+    texts = check_texts(figure)
+    for axes in figure.axes:
+        low, high = (math.log(limit) for limit in axes.get_ylim())
+        assert math.log(0.3 / 0.003) > 0.75 * (high - low)
+        panel = axes.get_window_extent()
+        assert not [text for text in texts if text.get_window_extent().overlaps(panel)]
+        assert set(axes.get_legend().get_texts()) < set(texts) and panel.height > 100  # pixels

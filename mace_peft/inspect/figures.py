@@ -116,7 +116,7 @@ def draw_gains(statistics: dict) -> Figure:
 def draw_constant_gains(gains: dict) -> Figure:
     """The gains of ``constant_gains``: a box per module."""
     units = gains["units"]
-    figure = Figure(figsize=(6, 1.2 + 0.25 * len(units)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.5, 1.4 + 0.25 * len(units)), dpi=150, layout="constrained")
     axes = figure.subplots()
     figure.suptitle(f"{METHODS[gains['peft']['method']].title}: constant gains")
     axes.axvline(1, color="black", linestyle=":", linewidth=1)
@@ -124,7 +124,8 @@ def draw_constant_gains(gains: dict) -> Figure:
                  medianprops={"color": "black"})
     axes.set_yticks(range(1, len(units) + 1), [f"{name} ({len(values)})" for name, values in units.items()])
     axes.invert_yaxis()
-    axes.set_xlabel("gain (dimensionless): median, quartiles, 1st and 99th percentile over channels (their number)")
+    figure.supxlabel("gain (dimensionless)\nboxes: median and quartiles over channels (their number); "
+                     "whiskers: 1st and 99th percentile")
     return figure
 
 
@@ -132,7 +133,7 @@ def draw_constant_gains(gains: dict) -> Figure:
 def draw_updates(spectra: dict) -> Figure:
     """The values of ``update_spectra``: a panel per module, in it a line per weight over the index of the value."""
     peft, units = spectra["peft"], spectra["units"]
-    figure, panels = grid(list(units), 3 if len(units) < 10 else 4)
+    figure, panels = grid(list(units), 3 if len(units) < 10 else 4, below=0.15 * max(map(len, units.values())))
     figure.suptitle(f"{METHODS[peft['method']].title}, rank {peft['rank']}: low-rank updates of the weights")
     figure.supylabel("singular value / norm of the weight\n(dimensionless)")
     figure.supxlabel("index of the singular value\n%: norm of the update / norm of the weight (Frobenius norms)")
@@ -144,22 +145,24 @@ def draw_updates(spectra: dict) -> Figure:
             drawn += [ratio for ratio in ratios if ratio > 0]
             axes.plot(range(1, len(ratios) + 1), ratios, color=shade, linestyle=line, marker=marker, markersize=3,
                       linewidth=1, label=f"{update['weight']} ({100 * math.hypot(*ratios):.2g} %)".strip())
-        axes.legend(loc="lower left")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)  # below the panel
         axes.set_xlim(0.5, widest + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.set_yscale("log")
         axes.grid(axis="y", color="0.85", linewidth=0.5)
     high = max(drawn, default=1)
-    low = max(min(drawn, default=1), high * 1e-4) / 2
-    axes.set_ylim(low * (low / high) ** 0.6, high * 2)  # the lowest third has room for the legends
+    axes.set_ylim(max(min(drawn, default=1), high * 1e-4) / 1.5, high * 1.5)
     return figure
 
 
-def grid(titles: list[str], columns: int, width: float = 8) -> tuple[Figure, list[Axes]]:
-    """A figure (width in inches) with a panel per title, in at most so many columns, all with the same y axis."""
+def grid(titles: list[str], columns: int, width: float = 8, below: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel per title, in at most so many columns, all with the same y axis.
+
+    width: of the figure; below: room for what stands below each panel; both in inches.
+    """
     rows = math.ceil(len(titles) / columns)
     columns = math.ceil(len(titles) / rows)
-    figure = Figure(figsize=(width, 1.2 + 1.9 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, 1.2 + (1.9 + below) * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
     for axes in panels[len(titles) :]:
         axes.remove()
