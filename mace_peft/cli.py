@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 
+from mace_peft import __version__
 from mace_peft.errors import PeftError, one_line, printable
 
 FORMATS = ("model", "torchscript", "lammps", "lammps-mliap")
@@ -32,6 +33,7 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mace_peft", description="Adapters of MACE models (mace_run_train --peft)")
+    parser.add_argument("--version", action="version", version=f"mace-peft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what an adapter directory or a model holds")

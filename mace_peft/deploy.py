@@ -105,6 +105,9 @@ def deployable(
     foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None
 ) -> nn.Module:
     """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
+    if not isinstance(foundation, nn.Module) and Path(foundation).is_dir() and Path(adapter).is_file():
+        raise PeftError(f"{foundation} is a directory and {adapter} a file: give the foundation model first, and then "
+                        "the adapter directory")
     description, _ = read_sizes(adapter)
     dtype = dtype or description["dtype"]
     check_choice("default_dtype", dtype, ("float32", "float64"))
@@ -138,7 +141,8 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
     """
     path = Path(out)
     if not path.parent.is_dir():
-        raise PeftError(f"{out} cannot be written, for {path.parent} is no directory: make it, or give another path")
+        cause = "is no directory" if path.parent.exists() else "does not exist"
+        raise PeftError(f"{out} cannot be written, for {path.parent} {cause}: make it, or give another path")
     if path.is_dir():
         raise PeftError(f"{out} cannot be written, for it is a directory: give the name of a file")
     if path.exists() and Path(foundation).exists() and path.samefile(foundation):

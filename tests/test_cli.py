@@ -12,6 +12,7 @@ import torch
 from runs import environment
 from tiny import configurations, randomise, tiny_mace
 
+import mace_peft
 from mace_peft import PeftConfig, cli, inject, merge, save_adapter, trainable_parameters
 from mace_peft.adapter.directory import contents, read_adapter
 from mace_peft.model.adapted import fingerprint
@@ -140,6 +141,12 @@ def test_evaluate_prints_a_table_and_draws(command, folder):
     assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_version(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command("--version")
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"mace-peft {mace_peft.__version__}\n"
+
+
 def test_names_of_files_are_printable(command, folder):
     shutil.copytree(folder / "elora", folder / "mine\x1b[31m\n")
     said = command("export", FOUNDATION, "elora", "out\x1b[31m\n.model") \
@@ -170,7 +177,7 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["info", "nowhere"], ["nowhere is no adapter directory"]),
+    (["info", "nowhere"], ["nowhere is no adapter directory, for it does not exist: check the path"]),
     (["info", "nowhere", "--trust"], ["nowhere", "neither a file nor a name"]),
     (["info", "mmea.model"], ["mmea.model is no adapter directory", "can run any code", "add --trust"]),
     (["info", "."], [". is no adapter directory", "adapter_model.safetensors is missing"]),
@@ -178,6 +185,12 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
     (["export", "nowhere.model", "mmea", "out.model"], ["nowhere.model"]),
     (["export", FOUNDATION, "nowhere", "out.model"], ["nowhere is no adapter directory"]),
     (["export", FOUNDATION, "mmea", "mmea"], ["mmea cannot be written"]),
+    (["export", FOUNDATION, "mmea", "nowhere/out"], ["nowhere/out cannot be written, for nowhere does not exist"]),
+    (["export", FOUNDATION, "mmea", "water.xyz/out"], ["water.xyz/out cannot be written, for water.xyz is no dir"]),
+    (["export", "mmea", FOUNDATION, "out.model"],
+     [f"mmea is a directory and {FOUNDATION} a file: give the foundation model first, and then the adapter directory"]),
+    (["export", FOUNDATION, FOUNDATION, "out.model"], [f"{FOUNDATION} is no adapter directory, for it is a file"]),
+    (["plot", "elora", "--foundation", "elora"], ["elora cannot be loaded (it is a directory, as adapters are"]),
     (["export", "scalars.model", "mmea", "out.model"], ["weights differ"]),
     (["plot", "mmea", "--foundation", FOUNDATION], ["add --structures"]),
     (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "text.xyz"], ["text.xyz cannot be read"]),

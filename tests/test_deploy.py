@@ -361,5 +361,5 @@ def test_a_model_that_torchscript_does_not_compile_is_refused(tmp_path, format):
 
 
 def test_places_that_take_no_file_are_refused(folder, tmp_path):
-    with pytest.raises(PeftError, match="is no directory"):
+    with pytest.raises(PeftError, match="no does not exist"):
         export(str(folder / "foundation.model"), str(folder / "mmea-products"), str(tmp_path / "no" / "out"), "model")

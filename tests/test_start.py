@@ -36,7 +36,7 @@ def load(path):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_run_starts_from_a_saved_adapter_with_its_settings(trained, case):
     folder = trained[case].folder
-    given = reach_training(folder, peft=case[0], peft_adapter=results(trained[case], case) / "run_adapter")
+    given = reach_training(folder, peft_adapter=results(trained[case], case) / "run_adapter")  # which knows its method
     model, before = given["model"], load(results(trained[case], case) / "run.model")
     assert model.peft_config.targets == case[1] and model.peft_config.rank == 2
     assert same(predict(model, STRUCTURES), predict(before, STRUCTURES))
@@ -198,12 +198,22 @@ def refusal(trained, capsys):
     ({"peft": "mmea", "peft_rank": 3}, ["--peft_rank 3 differs from the 2", "give 2"]),
     ({"peft": "mmea", "peft_gate": "exp"}, ["--peft_gate exp differs from the bounded"]),
     ({"peft": "mmea", "peft_targets": "linears"}, ["products.0.adapter.W1", "unknown"]),
-    ({}, ["--peft_adapter", "no effect without --peft"]),
-], ids=["method", "rank", "gate", "targets", "no --peft"])
+], ids=["method", "rank", "gate", "targets"])
 def test_other_settings_are_refused(refusal, trained, options, words):
     case = ("mmea", "products")
     line = refusal(case, peft_adapter=results(trained[case], case) / "run_adapter", **options)
     assert all(word in line for word in words), line
+
+
+def test_an_adapter_directory_is_no_foundation(refusal, trained, tmp_path):
+    case = ("mmea", "products")
+    adapter = results(trained[case], case) / "run_adapter"
+    line = refusal(case, peft="mmea", foundation_model=adapter)
+    assert f"--foundation_model {adapter} is the directory of an adapter: give it by --peft_adapter" in line
+    assert "trained from ('foundation.model')" in line
+    file, nothing = trained[case].folder / "foundation.model", tmp_path / "nothing"
+    assert f"{nothing} is no adapter directory, for it does not exist" in refusal(case, peft_adapter=nothing)
+    assert f"{file} is no adapter directory, for it is a file" in refusal(case, peft_adapter=file)
 
 
 def test_an_alpha_that_follows_the_ranks_is_to_be_left_out():

@@ -12,6 +12,7 @@ import sys
 import weakref
 
 import ase.io
+import mace
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,7 @@ from runs import (
 )
 from tiny import configurations, predict
 
+import mace_peft
 from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
 from mace_peft.adapter.facts import error_rows, error_table
 from mace_peft.inspect.info import info
@@ -44,6 +46,7 @@ from mace_peft.methods.mmea import BOUND
 from mace_peft.model.adapted import fingerprint
 from mace_peft.model.targets import find_targets, unit
 from mace_peft.train.checkpoints import measures
+from mace_peft.train.quiet import HARMLESS
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -272,6 +275,22 @@ def test_the_log_lists_what_trains(finished, before_training, name):
     assert sum(int(number.replace(",", "")) for _, number in listed) == trained
     base = sum(parameter.numel() for parameter in model.parameters())
     assert f"Trainable: {trained:,} parameters, {100 * trained / base:.1f} % of the base's {base:,}\n" in log
+
+
+@EVERY
+def test_the_log_has_versions_and_times(finished, name):
+    log = finished(name).log
+    assert f"INFO: Versions: mace_peft {mace_peft.__version__}, mace {mace.__version__}, " in log
+    assert f"torch {torch.__version__}\n" in log
+    assert " s per epoch; " in log and len(re.findall(r"INFO: Time: \S+ s per epoch, [:\d]+ in all\n", log)) == 1
+
+
+def test_a_run_shows_no_warning_that_nobody_can_act_on(finished):
+    """Neither on stderr, but for what e3nn says at its import, before the options are read, nor in the log."""
+    run = finished("elora-published")
+    said = [line for line in run.stderr.splitlines() if "e3nn/o3/_wigner.py" not in line]
+    assert not [line for line in said for harmless in HARMLESS if harmless in line]
+    assert "WARNING" not in run.log.partition("Adapters: ")[0]
 
 
 def foundation_with_E0s(run: Run) -> torch.nn.Module:

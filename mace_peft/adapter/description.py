@@ -80,6 +80,12 @@ FIELDS = {
 OPTIONAL = {"training"}  # no run has saved the adapter
 
 
+def versions() -> dict[str, str]:
+    """Of the packages on which an adapter depends."""
+    packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
+    return {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one}
+
+
 def describe(model: nn.Module) -> dict:
     """What adapter_config.json says of an adapted model, but for the checksums.
 
@@ -88,7 +94,6 @@ def describe(model: nn.Module) -> dict:
     backbone = backbone_of(model)
     held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
             for field, (_, buffer) in backbone.constants(model).items()}
-    packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
     said = {
         "format": FORMAT,
         "peft": model.peft_config.to_dict(),
@@ -99,7 +104,7 @@ def describe(model: nn.Module) -> dict:
         "gains": model.peft_gains,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "base_parameters": size_of_base(model),
-        "versions": {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one},
+        "versions": versions(),
     }
     for name in improper(said):
         raise PeftError(f"an adapter directory has no place for the {name} {said[name]!r:.200} of this model, which "

@@ -150,8 +150,11 @@ def opened(directory: str | os.PathLike) -> Iterator[tuple[BinaryIO, PeftConfig,
     except PeftError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise PeftError(f"{directory} is no adapter directory, for {Path(error.filename).name} is missing: give the "
-                        "NAME_adapter directory that a run left") from None
+        cause = f"{Path(error.filename).name} is missing" if directory.is_dir() else "it is a file"
+        remedy = "give the NAME_adapter directory that a run left"
+        if not directory.exists():
+            cause, remedy = "it does not exist", "check the path"
+        raise PeftError(f"{directory} is no adapter directory, for {cause}: {remedy}") from None
     except Exception as error:  # damaged files fail in many ways, such as UnicodeDecodeError or RecursionError
         raise PeftError(f"the adapter in {directory} cannot be read ({one_line(error)}): save or copy it "
                         "again") from None

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import os
 import threading
 from collections.abc import Iterator
 
@@ -73,6 +74,8 @@ def load_by_name(name: str, dtype: str) -> nn.Module:
         return foundations_models.mace_off(model=name.removesuffix("_off"), **options)
     if name == "mace_omol":
         return foundations_models.mace_omol(**options)
+    if os.path.isdir(name):
+        raise PeftError("it is a directory, as adapters are, and no file")
     check_regular(name)
     return torch.load(name, map_location="cpu", weights_only=False)
 

@@ -136,7 +136,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
     def read(self, path: str, model: torch.nn.Module) -> dict:
         """What the file holds. Raises PeftError if it cannot be read, or does not fit the model."""
         try:
-            checkpoint = torch.load(path, map_location=next(model.parameters()).device)
+            checkpoint = torch.load(path, map_location=next(model.parameters()).device, weights_only=False)
         except Exception as error:  # a damaged file fails in many ways
             raise PeftError(f"the checkpoint {path} cannot be read ({one_line(error)}): delete it and what is newer to "
                             "restart from the one before, or start again without --restart_latest") from error

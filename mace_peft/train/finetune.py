@@ -28,6 +28,7 @@ from mace_peft.train.data.e0s import put_E0s_right, with_energy
 from mace_peft.train.data.reading import Reading
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import differentiate, reach_all
+from mace_peft.train.learning_rates import settle_rates
 from mace_peft.train.loop import train
 from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
@@ -159,8 +160,7 @@ class FineTune:
         new = go_on(model, self.start.config, self.start.foundation, adapted)
         self.model = self.plain = split_messages(model) if self.fast else model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
-        row = self.start.config.row
-        logging.info(f"Learning rate {args.lr:g}; in sweeps {row.lr:g} was best for {row.title}")
+        settle_rates(args, self.start.config.row)
         if adapted is not None:
             source = getattr(args, "peft_adapter", None) or args.foundation_model
             logging.info(f"The adapters go on from {source}; {len(new)} of their tensors are new")

@@ -15,10 +15,12 @@ import types
 import torch
 from mace.tools import CheckpointState
 
+from mace_peft.adapter.description import versions
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, holding
 from mace_peft.train.progress import Progress, Stage
 from mace_peft.train.stage_two import forget, warm_up
+from mace_peft.train.timing import timed
 
 SAME = 1e-4  # losses that differ less, relatively, differ by rounding
 steps = importlib.import_module("mace.tools.train")  # MACE binds that name to a function, too
@@ -36,6 +38,7 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
     progress = checkpoints.resume(run.state, run.ema, run.train_loader, run.swa) if restart else None
     logging.info("")
     logging.info("===========TRAINING===========")
+    logging.info(f"Versions: {', '.join(map(' '.join, versions().items()))}")
     logging.info("Started training, reporting errors on validation set")
     logging.info("Loss metrics on validation set")
     with averaged(run):
@@ -48,8 +51,10 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
     if resumed:
         measure_again(run, checkpoints, loss)
         progress.stopped = progress.stopped and progress.waited >= run.patience
-    while progress.epoch < run.max_num_epochs and not progress.stopped:
-        train_epoch(run, checkpoints, progress)
+    with timed(run, progress) as tell:
+        while progress.epoch < run.max_num_epochs and not progress.stopped:
+            train_epoch(run, checkpoints, progress)
+            tell()
     logging.info("Training complete")
     return progress
 

@@ -5,7 +5,7 @@ import logging
 
 from mace.tools import build_default_arg_parser
 
-from mace_peft.train.data.heads import replays, replays_own_file
+from mace_peft.train.data.heads import OF_MP, replays, replays_own_file
 
 OF_STAGE_TWO = ("start_swa", "swa_lr", "swa_energy_weight", "swa_forces_weight", "swa_stress_weight",
                 "swa_virials_weight", "swa_dipole_weight", "swa_polarizability_weight")
@@ -41,7 +41,10 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
 
 
 def warn_of_no_effect(args: argparse.Namespace) -> None:
-    """Log each option that is not at its default, and has no effect on the run."""
+    """Log each option that is not at its default, and has no effect on the run; and that nothing is replayed."""
+    if args.multiheads_finetuning and not replays(args):
+        logging.info("No data are replayed: --multiheads_finetuning acts with --pt_train_file, and on the foundation "
+                     f"models {', '.join(OF_MP)}")
     default = build_default_arg_parser().get_default
     for name, why in without_effect(args).items():
         value = getattr(args, name, None)  # releases differ in their options

@@ -14,6 +14,7 @@ from mace_peft.config import PeftConfig, check_effect
 from mace_peft.errors import PeftError, check_choice
 from mace_peft.files import check_regular
 from mace_peft.methods import METHODS
+from mace_peft.train.learning_rates import mark_defaults
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -47,17 +48,23 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group("parameter-efficient fine-tuning (mace-peft)")
         for name, text in OPTIONS.items():
             group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
+        mark_defaults(parser)
     return parser
 
 
 def read_settings(args: argparse.Namespace) -> dict | None:
     """The settings that are given, by their names in PeftConfig, ``adapter`` and ``fast``; None without ``--peft``.
 
-    Raises PeftError for values that cannot be used.
+    ``--peft_adapter`` alone stands for ``--peft`` with the method of that adapter, too. Raises PeftError for values
+    that cannot be used.
     """
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name, None) is not None}
     if not given:
         return None
+    if "peft" not in given and "peft_adapter" in given:
+        from mace_peft.adapter.directory import read_sizes  # as late as this, for a run without --peft
+
+        given["peft"] = read_sizes(given["peft_adapter"])[0]["peft"]["method"]
     if "peft" not in given:
         name, value = next(iter(given.items()))
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft with one of {', '.join(METHODS)}")
@@ -90,8 +97,8 @@ def check_options(args: argparse.Namespace) -> None:
     from mace import data  # as late as this, for a run without --peft
 
     if args.foundation_model is None:
-        raise PeftError(f"--peft {args.peft} has nothing to adapt: add --foundation_model with a file or a name "
-                        "that MACE knows, such as medium_off")
+        raise PeftError("--peft has nothing to adapt: add --foundation_model with a file or a name that MACE knows, "
+                        "such as medium_off")
     if str(args.E0s).lower() == "estimated" and not hasattr(data, "estimate_e0s_from_foundation"):
         raise PeftError(f"--E0s {args.E0s} needs mace-torch 0.3.15 or later: upgrade it, or use average")
     if args.model not in MODELS:

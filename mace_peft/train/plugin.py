@@ -10,7 +10,9 @@ import types
 
 from mace_peft.errors import PeftError
 from mace_peft.patching import replaced
+from mace_peft.train.learning_rates import unmark
 from mace_peft.train.options import add_options, check_options, checkpoints_begin, read_settings, settle_cueq, stop
+from mace_peft.train.quiet import without_harmless_warnings
 from mace_peft.train.sole_run import run_without_peft, sole_run
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
@@ -31,29 +33,38 @@ def install(run_train: types.ModuleType) -> None:
         try:
             settings = read_settings(args)
             if settings is None:
+                unmark(args)
                 configure = functools.partial(refuse_adapted, run_train.configure_model)
                 with run_without_peft(args), replaced(run_train, "configure_model", configure):
                     refuse_checkpoints(args)
                     return original_run(args)
-            check_version()
-            check_options(args)
-            settle_cueq(args)
-            from mace_peft.train.finetune import FineTune
-            from mace_peft.train.first_mistakes import check_first_mistakes, one_line_before_training
-            from mace_peft.train.seams import replaced_names
-            from mace_peft.train.start import find_start
-
-            check_first_mistakes(args)
-            fast = settings.pop("fast")
-            fine_tune = FineTune(run_train, args, find_start(args, settings), fast)
-            with sole_run(args), replaced_names(run_train, fine_tune, fast), one_line_before_training(fine_tune.begun):
-                return fine_tune.results.run(original_run)
+            return run_with_peft(run_train, args, settings)
         except PeftError as error:
             stop(error)
 
     run.without_peft = original_run
     run_train.tools.build_default_arg_parser = build_default_arg_parser
     run_train.run = run
+
+
+@without_harmless_warnings()
+def run_with_peft(run_train: types.ModuleType, args: argparse.Namespace, settings: dict) -> object:
+    """MACE's ``run`` as a fine-tune with these settings. Raises PeftError for what cannot be done."""
+    check_version()
+    check_options(args)
+    settle_cueq(args)
+    from mace_peft.train.data.heads import replays
+    from mace_peft.train.finetune import FineTune
+    from mace_peft.train.first_mistakes import check_first_mistakes, one_line_before_training
+    from mace_peft.train.seams import replaced_names
+    from mace_peft.train.start import find_start
+
+    check_first_mistakes(args)
+    fast = settings.pop("fast")
+    fine_tune = FineTune(run_train, args, find_start(args, settings), fast)
+    args.multiheads_finetuning = replays(args)  # as MACE does, but it warns of replay that nobody has asked for
+    with sole_run(args), replaced_names(run_train, fine_tune, fast), one_line_before_training(fine_tune.begun):
+        return fine_tune.results.run(run_train.run.without_peft)
 
 
 def check_version() -> None:

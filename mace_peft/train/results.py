@@ -3,12 +3,14 @@ which they are."""
 
 import argparse
 import copy
+import functools
 import logging
 import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from mace_peft.adapter.directory import add_training, save_adapter
@@ -19,6 +21,7 @@ from mace_peft.fast.tensor_product import split_messages
 from mace_peft.files import complete, one_line_errors
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
+from mace_peft.patching import replaced
 from mace_peft.train.options import adapter_directory, model_path
 from mace_peft.train.progress import Progress
 from mace_peft.train.record import Record
@@ -112,7 +115,8 @@ class Results:
 
         def plot(*args, **kwargs) -> None:
             try:
-                draw(*args, **kwargs)
+                with replaced(Axes, "plot", labelled_by_text(Axes.plot)):
+                    draw(*args, **kwargs)
             except Exception as error:  # nothing that goes wrong in a figure may stop a run
                 logging.warning(f"No figure is drawn ({type(error).__name__}: {one_line(error)})")
 
@@ -160,6 +164,18 @@ class Results:
                     f"{adapter!r}, {options})")
         return (f"from mace.calculators import MACECalculator; atoms.calc = MACECalculator(model_paths={model!r}, "
                 f"{options})")
+
+
+def labelled_by_text(plot: Callable) -> Callable:
+    """``Axes.plot`` for MACE, which labels the line of an error by a tuple: matplotlib 3.11 refuses that."""
+
+    @functools.wraps(plot)
+    def plot_labelled(axes, *args, **kwargs):
+        if isinstance(kwargs.get("label"), tuple):
+            kwargs["label"] = kwargs["label"][-1]  # the error and its unit, after MACE's name of it
+        return plot(axes, *args, **kwargs)
+
+    return plot_labelled
 
 
 def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mace_peft.adapter.description import describe
+from mace_peft.adapter.directory import TENSOR_FILE, read_sizes
 from mace_peft.adapter.load import fill, load_adapter
 from mace_peft.backbones.foundation import load_foundation
 from mace_peft.config import PeftConfig, split_patterns
@@ -48,7 +49,15 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     """
     settings = dict(settings)
     directory = settings.pop("adapter", None)
-    model = load_foundation(args.foundation_model, args.default_dtype)
+    try:
+        model = load_foundation(args.foundation_model, args.default_dtype)
+    except PeftError:
+        if not Path(args.foundation_model, TENSOR_FILE).exists():
+            raise
+        trained_from = read_sizes(args.foundation_model)[0]["foundation"]["name"]
+        raise PeftError(f"--foundation_model {args.foundation_model} is the directory of an adapter: give it by "
+                        f"--peft_adapter, and by --foundation_model the model that it was trained from "
+                        f"({trained_from!r})") from None
     check_class(args, model)
     choose_foundation_head(args, model, directory is not None or is_adapted(model))
     name = Path(args.foundation_model).name

@@ -83,15 +83,18 @@ def with_energy(configurations: list[data.Configuration]) -> list[data.Configura
     return [configuration for configuration in configurations if has(configuration, "energy")]
 
 
-def check_energies_known(configurations: list[data.Configuration], config, files: list[str]) -> None:
+def check_energies_known(configurations: list[data.Configuration], alone: dict[int, float] | None, config,
+                         files: list[str]) -> None:
     """Raise PeftError if E0s are to be taken from the energies of structures that have none.
 
-    config: MACE's configuration of their head. files: what they were read from.
+    alone: the energies of isolated atoms, by atomic number. config: MACE's configuration of their head. files: what
+    they were read from.
     """
-    if config.E0s in ("average", "estimated") and not with_energy(configurations):
+    taken = "without --E0s, the run" if config.E0s == ISOLATED.lower() else f"--E0s {config.E0s}"
+    if config.E0s in ("average", "estimated", ISOLATED.lower()) and not with_energy(configurations) and not alone:
         key = config.key_specification.info_keys["energy"]
-        raise PeftError(f"--E0s {config.E0s} takes E0s from energies, and no structure of {files[0]} has one under the "
-                        f"key {key}: its keys are {', '.join(keys_of(read(files[0])))}: give one of them by "
+        raise PeftError(f"{taken} takes E0s from energies, and no structure of {files[0]} has one under the key {key} "
+                        f"(--energy_key): its keys are {', '.join(keys_of(read(files[0])))}: give one of them by "
                         "--energy_key, or other --E0s")
 
 

@@ -84,7 +84,7 @@ class Reading:
                             "--valid_fraction, or a --valid_file")
         elements = elements_of(collections.train, collections.valid)
         self.check_known(sorted(elements))
-        check_energies_known(collections.train, config, kwargs["train_path"])
+        check_energies_known(collections.train, alone, config, kwargs["train_path"])
         if config.head_name == PT_HEAD:
             for configuration in (*collections.train, *collections.valid):
                 configuration.weight *= self.args.weight_pt_head
