@@ -13,6 +13,7 @@ LADDER = (0.0002, 0.001, 0.005, 0.01, 0.02, 0.08, 0.3)  # learning rates
 FIRST = (0.001, 0.005, 0.02)  # of them
 SWEPT, FINAL = 60, 200  # epochs of the sweep, and of everything else
 
+GATE = dict.fromkeys(("mmea", "gates"), {"peft_gate": "exp"})  # as published; gates.py has the other
 # what each method adds to the command
 METHODS: dict[str, dict] = {
     "foundation": {"lr": 0, "max_num_epochs": 1},  # nothing trains: the foundation with E0s of the new data
@@ -20,9 +21,9 @@ METHODS: dict[str, dict] = {
     "full": {},
     "readouts": {"freeze": 6},
     "MACE LoRA": {"lora": "True", "lora_rank": 16},
-    **{f"{method} {placement}": {"peft": method, "peft_targets": placement}
+    **{f"{method} {placement}": {"peft": method, "peft_targets": placement} | GATE.get(method, {})
        for placement in PLACEMENTS for method in ("elora", "mmea")},
-    **{method: {"peft": method} for method in ("gates", "scales", "small")},
+    **{method: {"peft": method} | GATE.get(method, {}) for method in ("gates", "scales", "small")},
 }
 # around scales and updates of few parameters, one change at a time
 EVERYWHERE = {"peft": "elora+scales", "peft_targets": "all"}
@@ -53,7 +54,7 @@ MESSAGES: dict[str, dict] = {
     "gates": METHODS["gates"],  # gates of messages see the atom that receives
     "gates, senders": METHODS["gates"],  # see train.py
     "gates but messages": {
-        "peft": "gates",
+        "peft": "gates", "peft_gate": "exp",
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
 }
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
