@@ -1,15 +1,19 @@
 """The gains of training go with the adapter, and the calculator warns, once, of those far from them."""
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from tiny import configurations, loaded, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, calculator, inject, load_adapter, save_adapter
+from mace_peft.inspect.figures import RANGE, draw_gains
 from mace_peft.inspect.gain_ranges import gain_ranges, limits, watched
 from mace_peft.inspect.gains import gain_statistics
+from mace_peft.inspect.info import info
 from mace_peft.model.adapted import adapted_blocks
 
 
@@ -87,3 +91,15 @@ def test_a_gate_whose_gains_are_not_finite_has_no_range():
     with torch.no_grad():
         model.products[0].adapter.b2.fill_(1e4)
     assert "products.0" not in gain_ranges(model, [loaded(model, configurations(1))])
+
+
+def test_info_and_the_figure_show_them(trained):
+    model = load_adapter(tiny_mace(), trained)
+    said = info(str(trained))
+    figure = draw_gains(gain_statistics(model, configurations(2)))
+    bands = {axes.get_title(): [patch for patch in axes.patches if to_hex(patch.get_facecolor()) == RANGE]
+             for axes in figure.axes}
+    for name, ends in model.peft_gains.items():
+        assert re.search(rf"\| {name} .*\| +{ends['low']:.3g} to {ends['high']:.3g} +\|", said)
+        (band,) = bands[name]
+        assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((ends["low"], ends["high"]))

@@ -58,7 +58,7 @@ def spectra():
 
 def test_gains_that_are_set_by_hand():
     """W1 = W2 = 0 leaves the gains exp(b2), the same for all atoms."""
-    model = adapted("mmea", "products", max_L=2)
+    model = adapted("mmea", "products", "exp", max_L=2)
     gate = model.products[0].adapter
     with torch.no_grad():
         gate.W1.zero_(), gate.W2.zero_()

@@ -25,6 +25,7 @@ from mace_peft.inspect.gains import constant_gains, gain_statistics
 from mace_peft.inspect.spectra import update_spectra
 from mace_peft.methods import METHODS
 
+RANGE = "#cfe3f5"
 STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
 
 
@@ -87,11 +88,16 @@ def draw_gains(statistics: dict) -> Figure:
     shades = {element: str(0.95 - 0.4 * i / len(elements)) for i, element in enumerate(elements)}
     keys = [Patch(facecolor=shade, edgecolor="black", label=element) for element, shade in shades.items()]
     keys.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label="gain 1: features unchanged"))
+    ranges = statistics.get("ranges", {})
+    if ranges:
+        keys.append(Patch(color=RANGE, label="all gains on the training set"))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 8), frameon=False, title=(
         "boxes: median and quartiles over atoms and channels; whiskers: 1st and 99th percentile"))
     boxes = [[found[element] for found in irreps.values() for element in elements] for irreps in blocks.values()]
     low, high = min(1, *(box["whislo"] for box in sum(boxes, []))), max(1, *(box["whishi"] for box in sum(boxes, [])))
-    for axes, irreps, drawn in zip(panels, blocks.values(), boxes, strict=True):
+    for axes, (name, irreps), drawn in zip(panels, blocks.items(), boxes, strict=True):
+        if name in ranges:
+            axes.axhspan(ranges[name]["low"], ranges[name]["high"], color=RANGE, zorder=0)
         axes.axhline(1, color="black", linestyle=":", linewidth=1)
         starts = [i * (len(elements) + 1) for i in range(len(irreps))]
         places = [start + j for start in starts for j in range(len(elements))]

@@ -29,8 +29,9 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
     """How the gains of each gate are distributed over the atoms of the structures and the channels of an irrep.
 
     Returns ``{"peft": settings, "structures": number, "atoms": {element: number}, "blocks": {module: {irrep: {element:
-    box}}}}``. A box has the percentiles of ``BOX``; gains are dimensionless, and 1 leaves the features as they are.
-    Gates that only shift 0e channels are left out. Shows its progress on a terminal.
+    box}}}, "ranges": {module: ends}}``. A box has the percentiles of ``BOX``; the ends are those of all gains on the
+    training set (``gain_ranges``). Gains are dimensionless, and 1 leaves the features as they are. Gates that only
+    shift 0e channels are left out. Shows its progress on a terminal.
 
     Raises PeftError if no gate has a gain, if a structure is empty or has elements that the model does not know, or if
     gains are not finite or not one row per atom.
@@ -51,7 +52,8 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
     numbers = np.concatenate([structure.numbers for structure in structures])
     atoms = {chemical_symbols[number]: int((numbers == number).sum()) for number in np.unique(numbers)}
     blocks = {name: distributions(name, gate, gains[name], numbers) for gate, name in names.items()}
-    return {"peft": config.to_dict(), "structures": len(structures), "atoms": atoms, "blocks": blocks}
+    return {"peft": config.to_dict(), "structures": len(structures), "atoms": atoms, "blocks": blocks,
+            "ranges": model.peft_gains or {}}
 
 
 def check_structures(model: nn.Module, structures: list[Atoms]) -> None:

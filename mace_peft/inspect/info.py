@@ -50,15 +50,24 @@ def adapter_info(what: str, description: dict, sizes: dict[str, int]) -> str:
     for name, size in sizes.items():
         module = name.partition(".adapter.")[0]
         found[module] = found.get(module, 0) + size
-    chosen = description["peft"]["rank_pattern"]
-    modules = PrettyTable(["module", "parameters"] + ["rank"] * (chosen is not None), align="r")
+    modules = PrettyTable(["module", "parameters"], align="r")
     modules.align["module"] = "l"
-    modules.add_rows([[printable(module), f"{size:,}"] + ([] if chosen is None else [chosen.get(module, "none")])
-                      for module, size in sorted(found.items())])
+    modules.add_rows([[printable(module), f"{size:,}"] for module, size in sorted(found.items())])
+    chosen, ranges = description["peft"]["rank_pattern"], description["gains"]
+    if chosen is not None:
+        modules.add_column("rank", [chosen.get(module, "none") for module in sorted(found)])
+    if ranges:
+        modules.add_column("gains on the training set", [range_of_gains(ranges, module) for module in sorted(found)])
     parts = [table({"what": what, **facts(description, sizes)}), modules.get_string()]
     if description.get("training", {}).get("errors"):
         parts.append(error_table(description["training"]))
     return "\n".join(parts)
+
+
+def range_of_gains(ranges: dict[str, dict[str, float]], module: str) -> str:
+    """Those of all gates of the module: beside the one of its output, it may have one of the messages that it takes."""
+    ends = [ends for name, ends in ranges.items() if name.partition(",")[0] == module]
+    return f"{min(e['low'] for e in ends):.3g} to {max(e['high'] for e in ends):.3g}" if ends else ""
 
 
 def table(rows: dict[str, str]) -> str:
