@@ -22,6 +22,7 @@ from mace_peft.inspect.figures import draw_constant_gains, draw_gains, draw_upda
 from mace_peft.inspect.gains import constant_gains, gain_statistics
 from mace_peft.inspect.spectra import update_spectra
 from mace_peft.methods import METHODS, matrices
+from mace_peft.methods.mmea import BOUND
 from mace_peft.model.inject import fold
 
 STRUCTURES = configurations(7, "CH3CH2OH") + configurations(6, "H2O")  # two batches, no carbon in the last structures
@@ -85,11 +86,12 @@ def test_gains_follow_the_equations_by_element_and_irrep(gate, dtype):
     numbers = [number for atoms in STRUCTURES for number in atoms.numbers]
     for number, x in zip(numbers, inputs, strict=True):
         y = [b1[k] + sum(x[i] * W1[i][k] for i in range(12)) for k in range(2)]
-        z = [value / (1 + math.exp(-value)) for value in y]
+        z = ([value / (1 + math.exp(-value)) for value in y] if gate == "exp" else
+             [math.tanh(value) - math.tanh(b) for value, b in zip(y, b1, strict=True)])
         for channel in range(8):
             gamma = b2[channel] + sum(z[k] * W2[k][channel] for k in range(2))
             irrep = "1o" if channel < 4 else "2e"
-            gains[irrep, number].append(math.exp(gamma) if gate == "exp" else 1 + gamma)
+            gains[irrep, number].append(math.exp(gamma if gate == "exp" else BOUND * math.tanh(gamma / BOUND)))
 
     result = gain_statistics(model, STRUCTURES)
     assert result["structures"] == 13 and result["atoms"] == {"H": 54, "C": 14, "O": 13}
@@ -170,7 +172,7 @@ def test_gains_need_a_gate_with_gains():
 
 @pytest.mark.parametrize("rows, message", [(0, "acted on 0 rows for 81 atoms"), (3, "acted on 87 rows for 81 atoms")])
 def test_gains_of_other_rows_than_atoms_are_refused(rows, message):
-    model = adapted("mmea", "products")
+    model = adapted("mmea", "products", "exp")
     gate, features = model.products[0].adapter, torch.zeros(rows, 16, dtype=torch.float64)
     if rows:
         model.register_forward_hook(lambda *_: gate(features, features))
@@ -182,7 +184,7 @@ def test_gains_of_other_rows_than_atoms_are_refused(rows, message):
 
 @pytest.mark.parametrize("value", [math.nan, 1e4])
 def test_gains_that_are_not_finite_are_refused(value):
-    model = adapted("mmea", "products")
+    model = adapted("mmea", "products", "exp")
     torch.nn.init.constant_(model.products[0].adapter.b2, value)
     assert "gains at products.0 are not finite" in fails(gain_statistics, model, STRUCTURES)
 
@@ -363,7 +365,7 @@ def test_updates_of_zero_are_drawn_as_none():
 
 def test_boxes_are_those_of_the_statistics_above_their_labels():
     figure = drawn_from_file(draw_gains, statistics())
-    assert figure.get_suptitle() == "MMEA, rank 2, gate exp: gains at 81 atoms of 13 structures"
+    assert figure.get_suptitle() == "MMEA, rank 2, gate bounded: gains at 81 atoms of 13 structures"
     assert "gain" in figure.get_supylabel() and "1st and 99th percentile" in figure.legends[0].get_title().get_text()
     assert [axes.get_title() for axes in figure.axes] == list(statistics()["blocks"])
     for axes, irreps in zip(figure.axes, statistics()["blocks"].values(), strict=True):

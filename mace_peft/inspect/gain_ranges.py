@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mace_peft.blocks.adapted import adapted_blocks, adapters_of
 from mace_peft.methods import MMEA
+from mace_peft.model import isolated
 
 MARGIN, LEAST = 0.25, 1.1  # of the width of a range, in logarithms, and as a factor: gains further outside are far
 
@@ -26,7 +27,8 @@ def gates_with_gains(model: nn.Module) -> dict[MMEA, str]:
 def watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show the gains (atoms, channels) of each gate, with the name of its module, while the model predicts."""
     def listen(gate: MMEA, inputs: tuple[Tensor, Tensor]) -> None:
-        see(names[gate], gate.coefficients(inputs[0])[0].detach())
+        if not isolated.UNDER_WAY.get():
+            see(names[gate], gate.coefficients(inputs[0])[0].detach())
 
     names = gates_with_gains(model)
     with contextlib.ExitStack() as hooks:

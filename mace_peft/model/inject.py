@@ -45,6 +45,7 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     add_adapters(model, targets, config)
     model.peft_originals, model.peft_gains = originals, None
     settle(model, config, foundation)
+    of_isolated_atoms(model)  # now, so that no hook of a user sees how they are computed
     return freeze(model)
 
 

@@ -5,6 +5,8 @@ it is. In others, such as those for materials, something of the element is left,
 taken off the E0s.
 """
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Updated, over
 
 E0S = "atomic_energies_fn.atomic_energies"
+# whether the model runs on isolated atoms in this context, for hooks that look at predictions
+UNDER_WAY: ContextVar[bool] = ContextVar("isolated atoms are under way", default=False)
 
 
 def E0s(model: nn.Module) -> Tensor:
@@ -25,7 +29,11 @@ def interaction_energies(model: nn.Module) -> Tensor:
     energies = model.get_buffer(E0S)
     alone = over(model, {E0S: torch.zeros_like(energies)})
     atoms = backbone_of(model).isolated_atoms(model)
-    return alone.forward(atoms, training=model.training, compute_force=False)["energy"].reshape(energies.shape)
+    before = UNDER_WAY.set(True)
+    try:
+        return alone.forward(atoms, training=model.training, compute_force=False)["energy"].reshape(energies.shape)
+    finally:
+        UNDER_WAY.reset(before)
 
 
 @torch.no_grad()
