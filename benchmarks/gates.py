@@ -3,8 +3,9 @@
     python recipes/data.py rmd17/ethanol rmd17/malonaldehyde acac
     python benchmarks/gates.py --foundation foundation_float32.model --pretraining pretrain_valid.xyz
 
-runs the cells that have no result yet, one after the other, and adds each to results/gates.json. Adam with a cosine
-schedule, batches of 5, forces weigh 1000, on 50 configurations: shorter than ``mace_run_train``, and the same for all.
+runs the cells that have no result yet, adds each to results/gates.json, and writes the table of docs/gains.md. All are
+trained alike, by less than ``mace_run_train``: Adam with a cosine schedule, batches of 5 of 50 configurations, and
+forces that weigh 1000.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from ase import Atoms
 from environment import environment
 from errors import predict
+from gates_report import write_report
 from mace import data, modules, tools
 from mace.tools import torch_geometric
 from torch import Tensor
@@ -220,6 +222,7 @@ def main() -> None:
             print(json.dumps(results[key(cell)]), flush=True)
             lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
             args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_report(json.loads(args.out.read_text()))
 
 
 if __name__ == "__main__":
