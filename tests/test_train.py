@@ -43,6 +43,7 @@ from mace_peft import PeftConfig, inject, load_adapter, trainable_parameters
 from mace_peft.adapter.facts import error_rows, error_table
 from mace_peft.inspect.info import info
 from mace_peft.methods.mmea import BOUND
+from mace_peft.model import isolated
 from mace_peft.model.adapted import fingerprint
 from mace_peft.model.targets import find_targets, unit
 from mace_peft.train.checkpoints import measures
@@ -63,8 +64,11 @@ class Case:
 
     @property
     def config(self) -> PeftConfig:
-        return PeftConfig(**{name.removeprefix("peft_"): value for name, value in self.peft.items() if name != "peft"},
-                          method=self.peft["peft"])
+        """The settings of the run: E0s that were fitted train along."""
+        given = {name.removeprefix("peft_"): value for name, value in self.peft.items() if name != "peft"}
+        if self.more.get("E0s") in ("average", "estimated"):
+            given["train_also"] = ",".join([*filter(None, [given.get("train_also")]), isolated.E0S])
+        return PeftConfig(method=self.peft["peft"], **given)
 
     @property
     def stages(self) -> list[bool]:

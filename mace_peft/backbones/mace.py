@@ -54,7 +54,8 @@ class Mace(Backbone):
         if not hasattr(model, "atomic_energies_fn"):
             return None
         weight = next(model.parameters())
-        atoms = isolated_atoms(tuple(model.atomic_numbers.tolist()), tuple(model.heads), weight.dtype, weight.device)
+        described = self.describe(model)
+        atoms = isolated_atoms(tuple(described["elements"]), tuple(described["heads"]), weight.dtype, weight.device)
         return atoms | {"positions": atoms["positions"].clone()}  # of which MACE asks for gradients
 
     def is_narrowed(self, foundation: nn.Module, description: dict) -> bool:
