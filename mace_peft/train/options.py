@@ -98,8 +98,8 @@ def check_options(args: argparse.Namespace) -> None:
 
     if args.foundation_model is None:
         option = next(name for name in ("peft", "peft_adapter") if getattr(args, name, None))
-        raise PeftError(f"--{option} {getattr(args, option)} has nothing to adapt: add --foundation_model with a file or a name that MACE knows, "
-                        "such as medium_off")
+        raise PeftError(f"--{option} {getattr(args, option)} has nothing to adapt: add --foundation_model with a "
+                        "file or a name that MACE knows, such as medium_off")
     if str(args.E0s).lower() == "estimated" and not hasattr(data, "estimate_e0s_from_foundation"):
         raise PeftError(f"--E0s {args.E0s} needs mace-torch 0.3.15 or later: upgrade it, or use average")
     if args.model not in MODELS:
