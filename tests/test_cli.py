@@ -82,7 +82,7 @@ def share_of(trained):
 @pytest.mark.parametrize("path", ["mmea", "mmea.model"])
 def test_info_of_an_mmea_adapter(command, folder, path):
     said, modules = rows(command("info", path, "--trust"))
-    assert said["method"] == "mmea, rank 2, alpha 2, gate exp"
+    assert said["method"] == "mmea, rank 2, alpha 2, gate bounded"
     assert said["placement"] == "products" and said["trains along"] == "readouts.0.*"
     assert said["elements"] == "H C O" and said["heads"] == "Default" and said["class"] == "ScaleShiftMACE"
     assert said["foundation"] == FOUNDATION and said["fingerprint"] == fingerprint(tiny_mace())

@@ -28,6 +28,7 @@ from mace_peft.restore import restore
 
 # the classes that live models have
 CLASSES: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
+COMPILE_MODE = "__e3nn_compile_mode__"  # by which e3nn knows what TorchScript may compile
 UNKNOWN = ...  # which is one object in every process
 # the models whose adapters are off in this context
 SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", default=())
@@ -49,7 +50,6 @@ class AdaptedModel(nn.Module):
 
     is_made_here = True
     peft_folded = False
-    __jit_unused_properties__ = ("__e3nn_compile_mode__",)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -85,11 +85,6 @@ class AdaptedModel(nn.Module):
             E0s = isolated.E0s(self) - isolated.drift(self, of_base)
             return over(self, {isolated.E0S: E0s})(*args, **kwargs)
         return super().__call__(*args, **kwargs)
-
-    @property
-    def __e3nn_compile_mode__(self):
-        """TorchScript compiles ``forward``, and the energies of isolated atoms are put right before: settle these."""
-        return "unsupported" if of_isolated_atoms(self) is not None else "script"
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -209,6 +204,8 @@ def of_isolated_atoms(model: AdaptedModel) -> torch.Tensor | None:
         model.peft_isolated = None if model.peft_config.gate == "exp" else isolated.kept_by(base_of(model, known))
         if model.peft_isolated is not None:
             known_originals(model)  # raises if one is lost
+            # of forward, which knows nothing of this: settle_isolated_atoms first
+            setattr(model, COMPILE_MODE, "unsupported")
     return model.peft_isolated
 
 

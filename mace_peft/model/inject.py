@@ -13,6 +13,7 @@ from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model import isolated
 from mace_peft.model.adapted import (
+    COMPILE_MODE,
     add_adapters,
     base_of,
     check_adapted,
@@ -189,6 +190,7 @@ def fold(model: nn.Module) -> nn.Module:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)
         settle(model, config, None, folded=True)
+        of_isolated_atoms(model)
     return model
 
 
@@ -198,11 +200,13 @@ def settle_isolated_atoms(model: nn.Module) -> nn.Module:
     if is_adapted(model) and of_isolated_atoms(model) is not None:
         model.get_buffer(isolated.E0S).sub_(isolated.drift(model, of_isolated_atoms(model)))
         model.peft_isolated = None
+        vars(model).pop(COMPILE_MODE, None)
     return model
 
 
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is a plain one again."""
     del model.peft_originals, model.peft_foundation, model.peft_base, model.peft_isolated, model.peft_gains
+    vars(model).pop(COMPILE_MODE, None)
     model.__class__ = plain(model)
     return model.requires_grad_(True)
