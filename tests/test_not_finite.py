@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 # the learning rate of epoch 0, and what it is multiplied by after each epoch: the training diverges in the second one
-DIVERGES = {"lr": 0.01, "scheduler": "ExponentialLR", "lr_scheduler_gamma": 1e9}
+DIVERGES = {"peft_gate": "exp", "lr": 0.01, "scheduler": "ExponentialLR", "lr_scheduler_gamma": 1e9}
 FAR = 1e200  # eV, or eV/A: its square is no number
 LINE = re.compile(
     r"mace_run_train: error: (?P<loss>the (?:training|validation) loss of .*) is (?P<value>-?inf|nan); (?P<cause>.*); "
