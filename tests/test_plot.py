@@ -76,6 +76,7 @@ def test_gains_follow_the_equations_by_element_and_irrep(gate, dtype):
     model = adapted("mmea", "interactions.1.linear", gate, max_L=2, dtype=dtype)
     block = model.interactions[1].linear
     assert str(block.irreps_in).startswith("4x0e+4x0e+4x0e+4x1o") and str(block.irreps_out) == "4x0e+4x1o+4x2e"
+    model(batch(model, STRUCTURES), compute_force=False)  # after which it knows the energies of isolated atoms
     inputs = []
     hook = block.register_forward_pre_hook(lambda _, given: inputs.extend(given[0].tolist()))
     model(batch(model, STRUCTURES), compute_force=False)

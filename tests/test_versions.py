@@ -49,8 +49,8 @@ print(*(name for name in sys.modules if name.startswith("mace_peft.")))
     variables = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}  # e3nn is imported before mace
     said = subprocess.check_output([sys.executable, "-c", program], env=environment(**variables), text=True)
     loaded = {name.removeprefix("mace_peft.") for name in said.splitlines()[-1].split()}
-    assert {name for name in loaded if name.startswith("train.")} == {"train.plugin", "train.options",
-                                                                              "train.sole_run"}
+    assert {name for name in loaded if name.startswith("train.")} == {
+        "train.plugin", "train.options", "train.sole_run", "train.learning_rates", "train.quiet"}
     assert {name.split(".")[0] for name in loaded} == {"startup", "train", "config", "methods", "errors", "patching",
                                                        "restore", "e3nn", "files"}
 

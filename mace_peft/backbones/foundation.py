@@ -195,11 +195,10 @@ def dtype_for_building(dtype: torch.dtype) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=16)
-def isolated_atoms(elements: tuple[int, ...], heads: tuple[str, ...], dtype: torch.dtype, device: torch.device
-                   ) -> dict[str, torch.Tensor]:
+def isolated_atoms(elements: tuple[int, ...], heads: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """An atom of each element (atomic number) for each head, without neighbours: a batch as MACE's models take it."""
     table, cutoff = AtomicNumberTable(list(elements)), 1.0  # A; no atom is near another
     with dtype_for_building(dtype):
         alone = [data.config_from_atoms(Atoms([element]), head_name=head) for head in heads for element in elements]
         atoms = [data.AtomicData.from_config(one, table, cutoff, heads=list(heads)) for one in alone]
-        return torch_geometric.batch.Batch.from_data_list(atoms).to(device).to_dict()
+        return torch_geometric.batch.Batch.from_data_list(atoms).to_dict()

@@ -55,8 +55,10 @@ class Mace(Backbone):
             return None
         weight = next(model.parameters())
         described = self.describe(model)
-        atoms = isolated_atoms(tuple(described["elements"]), tuple(described["heads"]), weight.dtype, weight.device)
-        return atoms | {"positions": atoms["positions"].clone()}  # of which MACE asks for gradients
+        atoms = isolated_atoms(tuple(described["elements"]), tuple(described["heads"]), weight.dtype)
+        # copies, for MACE asks for gradients of some
+        return {name: value.to(weight.device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in atoms.items()}
 
     def is_narrowed(self, foundation: nn.Module, description: dict) -> bool:
         heads = list(with_heads(foundation).heads)

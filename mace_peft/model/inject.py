@@ -46,7 +46,6 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     add_adapters(model, targets, config)
     model.peft_originals, model.peft_gains = originals, None
     settle(model, config, foundation)
-    of_isolated_atoms(model)  # now, so that no hook of a user sees how they are computed
     return freeze(model)
 
 
@@ -190,7 +189,9 @@ def fold(model: nn.Module) -> nn.Module:
             ranks = {name: rank for name, rank in config.rank_pattern if name in gates}
             config = dataclasses.replace(config, rank_pattern=ranks)
         settle(model, config, None, folded=True)
-        of_isolated_atoms(model)
+        if of_base is None:  # of which updates change nothing
+            model.peft_isolated = None
+        of_isolated_atoms(model)  # for e3nn's compile
     return model
 
 
