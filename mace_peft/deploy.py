@@ -67,6 +67,8 @@ class AdaptedCalculator(MACECalculator):
         if atoms is not None and not (is_finite(atoms.positions) and is_finite(atoms.cell.array)):
             raise PeftError(f"{name_of(atoms)} has positions or a cell of NaN or infinity: correct the structure")
         self.computed_by = self.adapters_now()
+        for guard in self.guards:
+            guard.begin()
         super().calculate(atoms, properties, system_changes)
         odd = [name for name, value in self.results.items() if not is_finite(value)]
         if odd:

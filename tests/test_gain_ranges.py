@@ -76,6 +76,16 @@ def test_far_is_a_quarter_of_the_width_and_at_least_a_tenth(low, high, least, mo
     assert limits(low, high) == pytest.approx((least, most))
 
 
+def test_what_was_seen_of_another_structure_is_forgotten(trained):
+    """Such as one whose prediction failed, or that the model was asked for outside of the calculator."""
+    calc = calculator(tiny_mace(), trained)
+    (guard,), large, small = calc.guards, configurations(1, "CH3CH2OH")[0], configurations(1, "H2O")[0]
+    guard.ranges = {name: {"low": 0.99, "high": 1.0} for name in guard.ranges}
+    predict(calc.models[0], [large])
+    with pytest.warns(UserWarning, match=r"at atom [012] \([HO]\) of H2O"):
+        calc.calculate(small)
+
+
 def test_predictions_are_the_same_with_and_without_a_guard(trained):
     watched, model = calculator(tiny_mace(), trained), load_adapter(tiny_mace(), trained)
     model.peft_gains = None

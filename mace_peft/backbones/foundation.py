@@ -179,6 +179,7 @@ def single_head(foundation: nn.Module, head: str | None) -> nn.Module:
 
 
 def default_dtype_of(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """``dtype_for_building`` of the model's own."""
     return dtype_for_building(next(model.parameters()).dtype)
 
 

@@ -67,19 +67,22 @@ class Guard:
 
     def __init__(self, model: nn.Module):
         self.ranges = getattr(model, "peft_gains", None) or {}
-        self.seen: list[tuple[str, Tensor, Tensor]] = []
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         self.watching = contextlib.ExitStack()
         if self.ranges:
             self.watching.enter_context(watched(model, self.see))
 
     def see(self, name: str, gains: Tensor) -> None:
         if name in self.ranges and gains.numel():
-            self.seen.append((name, gains.amin(-1), gains.amax(-1)))
+            self.seen[name] = gains.amin(-1), gains.amax(-1)
+
+    def begin(self) -> None:
+        """Forget what was seen of other structures, such as one whose prediction failed."""
+        self.seen.clear()
 
     def check(self, atoms: Atoms) -> None:
-        """Warn if gains that were seen since the last call are far from those in training."""
-        seen, self.seen = self.seen, []
-        for name, low, high in seen:
+        """Warn if gains that were seen since ``begin`` are far from those in training."""
+        for name, (low, high) in self.seen.items():
             known = self.ranges[name]
             least, most = limits(**known)
             for gain, atom, far in ((low.min(), low.argmin(), low.min() < least),

@@ -19,10 +19,11 @@ from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
+from mace_peft.model.isolated import E0S
 from mace_peft.train.foundation_head import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 
-E0S, FITTED = "atomic_energies_fn.atomic_energies", {"average", "estimated"}
+FITTED = {"average", "estimated"}  # E0s that are fits
 OF_HEADS = ("readouts.", "embedding_readout.", "les_readouts.", "atomic_energies_fn.")  # parts with something for each
 
 
