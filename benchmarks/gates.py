@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from mace_peft import PeftConfig, inject, trainable_parameters
-from mace_peft.fast.contraction import by_element
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.arithmetic import fast_arithmetic
+from mace_peft.fast.messages import fast_messages
 from mace_peft.methods import MMEA
 from mace_peft.patching import replaced
 
@@ -118,8 +118,8 @@ def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     loss = modules.WeightedEnergyForcesLoss(energy_weight=1, forces_weight=1000)
     batches = loader(model, structures, shuffle=True)
-    split_messages(model)
-    with replaced(modules.symmetric_contraction.Contraction, "forward", by_element):
+    fast_messages(model)
+    with fast_arithmetic():
         for _ in range(EPOCHS):
             for batch in batches:
                 optimizer.zero_grad()
@@ -128,7 +128,7 @@ def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
                 torch.nn.utils.clip_grad_norm_(learnt, 100)
                 optimizer.step()
             schedule.step()
-    split_messages(model, split=False)
+    fast_messages(model, fast=False)
 
 
 class Gains:

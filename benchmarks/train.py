@@ -12,15 +12,13 @@ for every channel. senders: gates of messages see the scalars of the atom that s
 import sys
 
 import torch
-from mace.modules.symmetric_contraction import Contraction
 from senders import BY_SENDERS
 
 from mace_peft import run_train
 from mace_peft.blocks.mace import OPERATIONS
 from mace_peft.e3nn import o3
-from mace_peft.fast.contraction import by_element
+from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.methods import MMEA
-from mace_peft.patching import replaced
 
 
 def hold(gradient: torch.Tensor) -> torch.Tensor:
@@ -61,7 +59,7 @@ def main() -> None:
     MMEA.__init__ = __init__
     if kind == "senders":
         OPERATIONS[o3.TensorProduct] = BY_SENDERS
-    with replaced(Contraction, "forward", by_element):
+    with fast_arithmetic():
         run_train.main()
 
 

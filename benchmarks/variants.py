@@ -11,15 +11,14 @@ from collections.abc import Callable
 import torch
 from mace import modules
 from mace.modules.lora import inject_LoRAs
-from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
 from torch import nn
 from torch_ema import ExponentialMovingAverage
 
 from mace_peft import PeftConfig, inject, merge, trainable_parameters
+from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.fast.backward import backward_to
-from mace_peft.fast.contraction import by_element
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.messages import fast_messages
 from mace_peft.model.inject import fold
 from mace_peft.model.targets import find_targets
 from mace_peft.patching import replaced
@@ -27,7 +26,7 @@ from mace_peft.train.checkpoints import checkpoint_of
 
 RANK = 16
 PLACEMENTS = ("products", "linears", "published")
-STAGES = ("as MACE", "to what trains", "split messages")
+STAGES = ("as MACE", "to what trains")
 ADAPTERS = [(method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS]
 
 
@@ -38,7 +37,7 @@ class Trainee:
     model: nn.Module
     averaged: list[nn.Parameter]
     restricted: bool  # the backward pass goes to what trains alone
-    by_element: bool  # and contractions are computed by element
+    fast: bool  # and messages and contractions are computed in the cheaper way
     peft: bool = False
 
     def __post_init__(self):
@@ -54,7 +53,7 @@ class Trainee:
     def step(self, batch) -> float:
         """One step of MACE's training; returns its loss."""
         with (replaced(torch.Tensor, "backward", self.backward) if self.restricted else contextlib.nullcontext(),
-              replaced(Contraction, "forward", by_element) if self.by_element else contextlib.nullcontext()):
+              fast_arithmetic() if self.fast else contextlib.nullcontext()):
             loss, _ = take_step(
                 model=self.model, loss_fn=self.loss, batch=batch, optimizer=self.optimizer, ema=self.ema,
                 output_args={"forces": True, "virials": False, "stress": False}, max_grad_norm=10.0,
@@ -84,42 +83,42 @@ def size(tensors) -> int:
 def full(base: nn.Module, cheap: bool = False) -> Trainee:
     """As MACE trains it, or with cheaper messages and contractions."""
     model = copy.deepcopy(base)
-    model = split_messages(model) if cheap else model
-    return Trainee(model, list(model.parameters()), restricted=False, by_element=cheap)
+    model = fast_messages(model) if cheap else model
+    return Trainee(model, list(model.parameters()), restricted=False, fast=cheap)
 
 
 def lora(base: nn.Module) -> Trainee:
     """MACE's own ``--lora``: its optimizer and EMA hold the frozen parameters too."""
     model = inject_LoRAs(copy.deepcopy(base), rank=RANK, alpha=1.0).to(next(base.parameters()).device)
-    return Trainee(model, list(model.parameters()), restricted=False, by_element=False)
+    return Trainee(model, list(model.parameters()), restricted=False, fast=False)
 
 
 def adapted(base: nn.Module, method: str, placement: str) -> nn.Module:
     """With adapters that do something, as after training."""
-    model = inject(copy.deepcopy(base), PeftConfig(method, rank=RANK, targets=placement))
+    model = inject(copy.deepcopy(base), PeftConfig(method, targets=placement))
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.01 * torch.randn_like(parameter))
     return model
 
 
-def peft(base: nn.Module, method: str, placement: str, levers: int = 3) -> Trainee:
+def peft(base: nn.Module, method: str, placement: str, levers: int = 2) -> Trainee:
     """As ``mace_run_train --peft`` trains it, or with the first few of what makes that cheap: the backward pass to what
-    trains, split messages, contractions by element.
+    trains, messages and contractions in the cheaper way.
     """
     model = adapted(base, method, placement)
-    model = split_messages(model) if levers > 1 else model
-    return Trainee(model, list(trainable_parameters(model).values()), levers > 0, levers > 2, peft=True)
+    model = fast_messages(model) if levers > 1 else model
+    return Trainee(model, list(trainable_parameters(model).values()), levers > 0, levers > 1, peft=True)
 
 
 def floor(base: nn.Module, placement: str) -> Trainee:
     """Adapters that cost nothing: one number is added to what each target gives."""
-    model = split_messages(copy.deepcopy(base).requires_grad_(False))
+    model = fast_messages(copy.deepcopy(base).requires_grad_(False))
     for name in find_targets(base, PeftConfig("mmea", rank=RANK, targets=placement)):
         block = model.get_submodule(name)
         block.register_parameter("number", nn.Parameter(next(base.parameters()).new_zeros(())))
         block.register_forward_hook(lambda module, inputs, output: output + module.number)
-    return Trainee(model, [p for p in model.parameters() if p.requires_grad], restricted=True, by_element=True)
+    return Trainee(model, [p for p in model.parameters() if p.requires_grad], restricted=True, fast=True)
 
 
 TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {

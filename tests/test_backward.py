@@ -13,6 +13,7 @@ from e3nn import o3
 from mace.modules import WeightedEnergyForcesLoss
 from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
+from mace_peft.fast.tensor_product import SplitProduct, cut_by_split, is_cut, split_code, split_messages
 from tiny import assert_close, assert_equal, configurations, loaded, predict, randomise, tiny_mace
 from torch import fx
 from torch_ema import ExponentialMovingAverage
@@ -21,7 +22,6 @@ from mace_peft import PeftConfig, inject, trainable_parameters
 from mace_peft.fast import contraction as contractions
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
-from mace_peft.fast.tensor_product import SplitProduct, cut_by_split, is_cut, split_code, split_messages
 from mace_peft.patching import replaced
 
 STEPS = 20

@@ -8,15 +8,13 @@ import pytest
 import torch
 from e3nn import o3
 from mace import modules
-from mace.modules.symmetric_contraction import Contraction
 from releases import since
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, eject, inject, load_adapter, save_adapter, trainable_parameters
 from mace_peft.backbones.foundation import rebuild
-from mace_peft.fast.contraction import by_element, contract_as_mace
-from mace_peft.fast.tensor_product import SplitProduct, split_messages
-from mace_peft.patching import replaced
+from mace_peft.fast.arithmetic import arithmetic_of_mace, fast_arithmetic
+from mace_peft.fast.messages import FastProduct, fast_messages
 
 # every kind of adapter on every kind of module
 ADAPTERS = [PeftConfig("mmea", rank=2, targets="published"), PeftConfig("gates", rank=2, targets="all"),
@@ -182,9 +180,9 @@ def second_order(model) -> list[torch.Tensor]:
 def test_contractions_by_element_are_the_same(family):
     model = copy.deepcopy(family[1])
     expected = second_order(model)
-    with replaced(Contraction, "forward", by_element):
+    with fast_arithmetic():
         found = second_order(model)
-        with contract_as_mace():
+        with arithmetic_of_mace():
             assert_equal(second_order(model), expected)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert_equal(second_order(model), expected)
@@ -194,9 +192,11 @@ def test_messages_that_copy_less_are_the_same(family):
     model = copy.deepcopy(family[1]).float().double()  # whose constants are rounded
     expected = second_order(model)
     assert len(expected) > 10
-    split_messages(model)
-    assert any(isinstance(module, SplitProduct) for module in model.modules())
-    torch.testing.assert_close(second_order(model), expected, rtol=1e-10, atol=1e-12)
+    fast_messages(model)
+    assert any(isinstance(module, FastProduct) for module in model.modules())
+    with fast_arithmetic():
+        torch.testing.assert_close(second_order(model), expected, rtol=1e-10, atol=1e-12)
+    assert_equal(second_order(model), expected)
 
 
 # --- models of dipoles ------------------------------------------------------------------------------------------------

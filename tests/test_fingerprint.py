@@ -16,7 +16,7 @@ from tiny import configurations, new_mace, predict, tiny_mace
 
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter
 from mace_peft.adapter.load import become
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.messages import fast_messages
 from mace_peft.model.adapted import fingerprint
 
 STRUCTURES = [*configurations(1), *configurations(1, "H2O")]
@@ -125,7 +125,7 @@ def test_adapters_keep_the_fingerprint_of_their_base(config):
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.requires_grad)
     assert fingerprint(model) == known
-    assert fingerprint(split_messages(copy.deepcopy(model))) == known
+    assert fingerprint(fast_messages(copy.deepcopy(model))) == known
     assert fingerprint(eject(model)) == known
 
 

@@ -9,7 +9,7 @@ from releases import since
 from runs import reach_training, train_here, write_inputs
 from tiny import assert_close
 
-from mace_peft.fast.tensor_product import SplitProduct
+from mace_peft.fast.messages import FastProduct
 from mace_peft.train.data.reading import Reading
 from mace_peft.train.finetune import FineTune
 from mace_peft.train.not_finite import FiniteLosses
@@ -60,7 +60,7 @@ def test_without_fast_paths_the_steps_are_mace_s_own(tmp_path):
     for fast in (True, False):
         run = {"peft": "mmea", "peft_rank": 2, "max_num_epochs": 2, "name": f"fast_{fast}", "peft_fast": fast}
         given = reach_training(tmp_path, **run)
-        assert any(isinstance(module, SplitProduct) for module in given["model"].modules()) == fast
+        assert any(isinstance(module, FastProduct) for module in given["model"].modules()) == fast
         train_here(tmp_path, **run)
         weights[fast] = torch.load(tmp_path / f"fast_{fast}.model", weights_only=False).state_dict()
     numbers = [name for name, value in weights[True].items() if value.is_floating_point() and value.numel()]

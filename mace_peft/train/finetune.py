@@ -13,7 +13,7 @@ from mace_peft.backbones.foundation import first_E0s, take_over_rest
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.messages import fast_messages, summed
 from mace_peft.files import complete
 from mace_peft.inspect.gain_ranges import gain_ranges
 from mace_peft.model.adapted import is_adapted, trainable_parameters
@@ -45,7 +45,7 @@ class FineTune:
     fast: whether cheaper arithmetic of the same numbers takes the place of MACE's.
     """
 
-    contract = staticmethod(by_element)
+    contract, sum_messages = staticmethod(by_element), staticmethod(summed)
     # modules of stand-ins that need to know nothing of the run
     labels, datasets, weighed, metrics = labels, datasets, losses, metrics
 
@@ -158,7 +158,7 @@ class FineTune:
             look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
             self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
         new = go_on(model, self.start.config, self.start.foundation, adapted)
-        self.model = self.plain = split_messages(model) if self.fast else model
+        self.model = self.plain = fast_messages(model) if self.fast else model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         settle_rates(args, self.start.config.row)
         if adapted is not None:

@@ -16,8 +16,8 @@ from torch import nn
 from mace_peft.adapter.directory import add_training, save_adapter
 from mace_peft.adapter.facts import error_table
 from mace_peft.errors import PeftError, one_line
-from mace_peft.fast.contraction import contract_as_mace
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.arithmetic import arithmetic_of_mace
+from mace_peft.fast.messages import fast_messages
 from mace_peft.files import complete, one_line_errors
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
@@ -50,7 +50,7 @@ class Results:
             logging.info(f"Saved the adapter to {save_adapter(model, directory)}")
             Path(self.args.checkpoints_dir).mkdir(parents=True, exist_ok=True)  # where no epoch came, MACE misses it
         # MACE freezes or frees all parameters for its error tables
-        model = fold(freeze(split_messages(copy.deepcopy(model), split=False)))
+        model = fold(freeze(fast_messages(copy.deepcopy(model), fast=False)))
         self.save_file(model.to("cpu") if self.args.save_cpu else model, path)
         self.saved[stage_two] = model
         self.tell(stage_two)
@@ -79,7 +79,7 @@ class Results:
     def compile(self, model: nn.Module):
         """MACE hides a model that does not compile: say so."""
         try:
-            with contract_as_mace():
+            with arithmetic_of_mace():
                 return self.original.jit.compile(settle_isolated_atoms(model))  # a copy of MACE's
         except Exception as error:
             logging.error(f"No compiled model is written: TorchScript cannot compile the model ({one_line(error)})")

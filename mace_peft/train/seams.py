@@ -82,6 +82,7 @@ SEAMS = (
     Seam("mace.cli.visualise_train", "model_inference", "model_inference"),
     Seam("torch.Tensor", "backward", "backward", fast=True),
     Seam("mace.modules.symmetric_contraction.Contraction", "forward", "contract", fast=True),
+    Seam("mace.modules.blocks", "scatter_sum", "sum_messages", fast=True),
 )
 
 
