@@ -68,13 +68,19 @@ class MMEA(Adapter):
         """``mul_ir``: the components of a channel lie together; ``ir_mul``: the channels of a component do."""
         self.mul_ir = layout == "mul_ir"
 
-    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
-        blocks = [x[..., :0]]
+    def scalars_of(self, x: Tensor) -> Tensor:
+        """The 0e channels of x."""
+        blocks: list[Tensor] = []
         for x_l, scalars in zip(x.split(self.sizes_in, -1), self.scalars):  # noqa: B905  TorchScript
             if scalars > 0:
                 blocks.append(x_l)
-        s = torch.cat(blocks, -1)
+        if len(blocks) == 1:  # as nearly always: a copy less
+            return blocks[0]
+        return torch.cat(blocks, -1) if len(blocks) > 0 else x[..., :0]
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
+        s = self.scalars_of(x)
         y = s @ self.W1 + self.b1
         if self.gate == "exp":
             z = silu(y)
@@ -87,7 +93,10 @@ class MMEA(Adapter):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gain, shift = self.coefficients(x)
         gains, shifts = gain.split(self.gain_counts, -1), shift.split(self.shifts, -1)
-        modulated = [gain[..., :0], shift[..., :0]]  # of no columns, so that weights of none get a gradient too
+        modulated: list[Tensor] = []
+        for none in (gain, shift):
+            if none.shape[-1] == 0:  # joined all the same, so that weights of no columns get a gradient too
+                modulated.append(none)
         for h_l, gain_l, shift_l in zip(h.split(self.sizes_out, -1), gains, shifts):  # noqa: B905
             channels = gain_l.shape[-1]
             if channels == 0:
