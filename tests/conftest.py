@@ -12,11 +12,12 @@ import unittest.mock
 
 import pytest
 import torch
-from forks import PLAIN, remember_sources
+from forks import PLAIN
 from mace.cli import run_train
 from mace.tools import cg
 from releases import since
-from remembered import remember_generated_code, remember_models
+from remembered import remember_models
+from remembered_graphs import remember_graphs
 
 # start first: or one of them goes on alone when all others have ended
 LONG = ("test_contract", "test_cueq", "test_families", "test_train")
@@ -31,9 +32,8 @@ def pytest_configure(config):
     if config.getoption("plain"):
         os.environ[PLAIN] = "1"
         return
-    remember_sources()
     remember_models()
-    remember_generated_code()
+    remember_graphs()
     gc.freeze()  # what has been imported is no garbage, and models are many objects: less often is it searched for
     gc.set_threshold(100_000)
     keep_coefficients_exact()

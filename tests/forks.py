@@ -1,11 +1,10 @@
 """``mace_run_train`` in processes of their own that are forked where MACE has been imported already.
 
 Such a run costs a second instead of the six that a new interpreter needs to import MACE. The server that forks is a new
-interpreter with the start-up hook, and each of its processes runs the command's ``main`` from its arguments to the exit
-code, so that it can also be killed.
+interpreter with the start-up hook, and ``warm``. Each of its processes runs the command's ``main`` from its arguments
+to the exit code, so that it can also be killed.
 """
 
-import functools
 import multiprocessing
 import os
 import sys
@@ -14,14 +13,7 @@ from pathlib import Path
 
 PLAIN = "MACE_PEFT_PLAIN_TESTS"  # set where nothing is to be remembered
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["mace.cli.run_train", "mace_peft.train.finetune", "mace_peft.train.start"])
-
-
-def remember_sources() -> None:
-    """A third of the time to build a model goes into TorchScript's reading of the same classes' source again."""
-    import torch._jit_internal as jit
-
-    jit.get_type_hint_captures = functools.cache(jit.get_type_hint_captures)
+SERVER.set_forkserver_preload(["mace.cli.run_train", "mace_peft.train.finetune", "mace_peft.train.start", "warm"])
 
 
 def run_command(folder: Path, argv: list[str]) -> None:
@@ -35,8 +27,6 @@ def run_command(folder: Path, argv: list[str]) -> None:
 
     warnings.simplefilter("ignore")  # stderr is then what MACE and mace-peft say
     torch.set_num_threads(1)
-    if PLAIN not in os.environ:
-        remember_sources()
     sys.argv = ["mace_run_train", *argv]
     sys.exit(run_train.main())
 

@@ -6,21 +6,15 @@ that e3nn generates for a module and for a copy of it, where it holds no tensors
 
 import copy
 import functools
-import io
 import pickle
-import types
-import weakref
 from collections.abc import Callable
 
 import torch
-from e3nn.util.codegen import _mixin
 from mace.modules import models
 
 from mace_peft.backbones import mace as backbone
 
 BUILT: dict[tuple[bytes, ...], tuple[dict, torch.Tensor]] = {}
-SAVED: weakref.WeakKeyDictionary[torch.jit.ScriptModule, bytes] = weakref.WeakKeyDictionary()
-LOADED: weakref.WeakValueDictionary[bytes, torch.jit.ScriptModule] = weakref.WeakValueDictionary()
 
 
 def remember_models() -> None:
@@ -60,31 +54,3 @@ def with_random_numbers_of_its_own(rebuild: Callable) -> Callable:
             return rebuild(*args, **kwargs)
 
     return wrapped
-
-
-def remember_generated_code() -> None:
-    """e3nn writes the code of a module that is copied to bytes, reads them, and compiles what they say."""
-    jit = types.SimpleNamespace(script=torch.jit.script, ScriptModule=torch.jit.ScriptModule, save=save, load=load)
-    _mixin.torch = types.SimpleNamespace(jit=jit)
-
-
-def save(code: torch.jit.ScriptModule, file: io.BytesIO) -> None:
-    if code in SAVED:
-        file.write(SAVED[code])
-        return
-    torch.jit.save(code, file)
-    remember(code, file.getvalue())
-
-
-def load(file: io.BytesIO) -> torch.jit.ScriptModule:
-    content = file.getvalue()
-    code = LOADED.get(content)
-    if code is None:
-        code = torch.jit.load(file)
-    remember(code, content)
-    return code
-
-
-def remember(code: torch.jit.ScriptModule, content: bytes) -> None:
-    if not code.state_dict():
-        SAVED[code], LOADED[content] = content, code
