@@ -20,7 +20,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     speed, variants, report = [importlib.import_module(name) for name in ("speed", "variants", "speed_report")]
     monkeypatch.setattr(speed, "make_model", lambda shape, dtype, device: tiny_mace(
-        elements=(1, 6, 7, 8), dtype=dtype, channels=16))
+        elements=(1, 6, 7, 8), dtype=dtype))
     monkeypatch.setattr(variants, "RANK", 2)
     yield speed, variants, report
     for name in ("speed", "variants", "speed_report", "models", "pages", "environment"):
@@ -63,7 +63,7 @@ def test_the_peak_is_what_is_held_at_once(benchmarks):
 def test_every_variant_trains_what_it_says(benchmarks, placement):
     """The model of MACE's own LoRA and that of full fine-tuning hold everything in optimizer and EMA."""
     _, variants, _ = benchmarks
-    base = tiny_mace(channels=16)
+    base = tiny_mace()
     trained = {name: variants.TRAINED[name](base) for name in ("full", "MACE LoRA", f"mmea {placement}",
                                                                f"floor {placement}")}
     assert len(trained["full"].ema.shadow_params) == len(list(base.parameters()))

@@ -179,7 +179,8 @@ def front(folder):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
     seen = collections.Counter()
-    for method, value in itertools.product(EACH_METHOD, ODD + SENSIBLE[name]):
+    odd = zip(itertools.cycle(EACH_METHOD), ODD)  # noqa: B905  each value once, and each method often
+    for method, value in [*odd, *itertools.product(EACH_METHOD, SENSIBLE[name])]:
         automatic = [("peft_rank", "auto")] * (name == "peft_budget")
         args, fine_tune = read(front, [*method, *automatic, (name, value)], {}, {})
         if args is not None:
@@ -191,7 +192,7 @@ def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
 def test_any_settings_give_a_start_or_one_line(front):
     seen = collections.Counter()
 
-    @settings(cases, max_examples=400)
+    @settings(cases, max_examples=200)
     @given(COMMAND_LINE, IN_FILE, OF_MACE)
     def check(command_line, in_file, of_mace):
         args, fine_tune = read(front, command_line, in_file, of_mace)
@@ -200,7 +201,7 @@ def test_any_settings_give_a_start_or_one_line(front):
         seen[args is not None, fine_tune is not None] += 1
 
     check()
-    assert min(seen[True, True], seen[False, False]) > 60, seen
+    assert min(seen[True, True], seen[False, False]) > 30, seen
 
 
 # --- the whole command ------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_any_settings_give_a_dry_run_or_one_line(folder):
         assert Path("logs/run_run-1.log").read_text().endswith("DRY RUN mode enabled. Stopping now.\n")
         return models.pop()
 
-    @settings(cases, max_examples=25)
+    @settings(cases, max_examples=16)
     @given(COMMAND_LINE, IN_FILE, OF_MACE)
     def check(command_line, in_file, of_mace):
         args, model = read(run, command_line, in_file, of_mace)
@@ -234,4 +235,4 @@ def test_any_settings_give_a_dry_run_or_one_line(folder):
             assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
     check()
-    assert min(seen[True, True], seen[False, False]) > 5, seen
+    assert min(seen[True, True], seen[False, False]) > 3, seen

@@ -19,7 +19,7 @@ from mace_peft.adapter.directory import read_adapter
 from mace_peft.files import complete
 from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 
-EPOCHS, STAGE_TWO, KILLS = 30, 15, 10
+EPOCHS, STAGE_TWO, KILLS = 20, 10, 7
 OPTIONS = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": EPOCHS,
            "start_swa": STAGE_TWO}
 FLAGS = ("--swa", "--ema", "--restart_latest")
@@ -39,10 +39,9 @@ def random_moments(seed: int) -> list[tuple[str, int, float]]:
     Epochs ascend, for a restart goes on where the run was, and the models are written last. Each restart has to start.
     """
     choice = random.Random(seed)
-    moments = [("training", epoch) for epoch in sorted(choice.choices(range(EPOCHS), k=KILLS - 4))]
+    moments = [("training", epoch) for epoch in sorted(choice.sample(range(EPOCHS), KILLS - 3))]
     moments += [("writing", choice.randint(1, 19)) for _ in range(2)]  # of about 26 lines
-    for _ in range(2):
-        moments.insert(choice.randint(0, len(moments)), ("starting", choice.randint(1, 40)))  # of about 50
+    moments.insert(choice.randint(0, len(moments)), ("starting", choice.randint(1, 40)))  # of about 50
     return [(phase, far, choice.uniform(0, 0.03)) for phase, far in moments]  # an epoch takes 0.05
 
 

@@ -120,7 +120,7 @@ def test_a_save_killed_within_a_file_leaves_what_was_there(versions, tmp_path, n
 @forks
 def test_saves_killed_one_after_the_other_leave_the_old_or_the_new_adapter(versions, tmp_path):
     choice, current, seen = random.Random(0), None, set()
-    for number in range(100):
+    for number in range(40):
         model, new = choice.choice([version for version in versions if version[1] != current])
         if choice.random() < 0.7:
             killed(model, tmp_path, at_moment, choice.randint(1, 40))
