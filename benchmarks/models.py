@@ -12,7 +12,9 @@ from mace import data, modules, tools
 from mace.tools import torch_geometric
 
 ELEMENTS = (1, 6, 7, 8)
-SHAPES = {"medium": 128, "small": 64}  # channels; medium is the shape of MACE-OFF23 medium
+# channels; medium is the shape of MACE-OFF23 medium, quickstart that of the quickstart's foundation
+SHAPES = {"medium": {"channels": 128}, "small": {"channels": 64}, "quickstart": {"channels": 32},
+          "tiny": {"channels": 4, "max_ell": 1, "correlation": 2}}
 CUTOFF = 5.0  # A
 
 
@@ -20,15 +22,17 @@ def make_model(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """A ScaleShiftMACE of random weights for H, C, N and O."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    channels = SHAPES[shape]
+    options = {"max_ell": 3, "correlation": 3} | SHAPES[shape]
+    channels = options.pop("channels")
     return modules.ScaleShiftMACE(
-        r_max=CUTOFF, num_bessel=8, num_polynomial_cutoff=5, max_ell=3, correlation=3, num_interactions=2,
+        r_max=CUTOFF, num_bessel=8, num_polynomial_cutoff=5, num_interactions=2,
         interaction_cls=modules.RealAgnosticResidualInteractionBlock,
         interaction_cls_first=modules.RealAgnosticInteractionBlock,
         num_elements=len(ELEMENTS), atomic_numbers=list(ELEMENTS), atomic_energies=np.zeros(len(ELEMENTS)),
         hidden_irreps=o3.Irreps(f"{channels}x0e+{channels}x1o"), MLP_irreps=o3.Irreps("16x0e"),
         gate=torch.nn.functional.silu, avg_num_neighbors=15.0, radial_MLP=[64, 64, 64], radial_type="bessel",
-        atomic_inter_scale=1.0, atomic_inter_shift=0.0, heads=["Default"], use_reduced_cg=False).to(device)
+        atomic_inter_scale=1.0, atomic_inter_shift=0.0, heads=["Default"], use_reduced_cg=False,
+        **options).to(device)
 
 
 def molecules(count: int) -> list[Atoms]:

@@ -28,6 +28,7 @@ from variants import LEVERS, PREDICTS, SCRIPTED, TRAINED
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "speed.json"
+MEASURED = ("medium", "small")  # of the shapes
 
 
 def now(device: str) -> float:
@@ -76,20 +77,25 @@ def predict(model: torch.nn.Module, batch):
     return lambda: model(inputs, training=False, compute_force=True)
 
 
+def training(trainees: dict, batch, repeats: int, device: str, progress) -> dict[str, dict]:
+    """Of each trainee the seconds of its steps, and what it holds in them, between them and in a checkpoint, in bytes."""
+    steps = {key: lambda trainee=trainee: trainee.step(batch) for key, trainee in trainees.items()}
+    return {"step": in_turn(steps, repeats, device, progress),
+            "peak": {key: peak_memory(step, device) for key, step in steps.items()},
+            "resident": {key: trainee.resident() for key, trainee in trainees.items()},
+            "checkpoint": {key: trainee.checkpoint() for key, trainee in trainees.items()},
+            "parameters": {key: sum(p.numel() for p in trainee.trained) for key, trainee in trainees.items()}}
+
+
 def measure(shape: str, name: str, dtype: str, device: str, repeats: int, closely: bool, progress) -> dict:
     """All figures of one cell; closely: each lever by itself, TorchScript, and more rounds."""
     repeats = repeats if closely else (repeats + 1) // 2
     base = make_model(shape, getattr(torch, dtype), device)
     batch = make_batch(BATCHES[name](), getattr(torch, dtype), device)
     trainees = {key: make(base) for key, make in TRAINED.items() if closely or key not in LEVERS}
-    steps = {key: lambda trainee=trainee: trainee.step(batch) for key, trainee in trainees.items()}
     cell = {"model": shape, "batch": name, "dtype": dtype, "device": device, **environment(),
-            "step": in_turn(steps, repeats, device, progress),
-            "peak": {key: peak_memory(step, device) for key, step in steps.items()},
-            "resident": {key: trainee.resident() for key, trainee in trainees.items()},
-            "checkpoint": {key: trainee.checkpoint() for key, trainee in trainees.items()},
-            "parameters": {key: sum(p.numel() for p in trainee.trained) for key, trainee in trainees.items()}}
-    del trainees, steps
+            **training(trainees, batch, repeats, device, progress)}
+    del trainees
     calls = {key: predict(make(base), batch) for key, make in PREDICTS.items()}
     repeats *= 4 if closely else 2
     cell["predict"] = in_turn(calls, repeats, device, progress)
@@ -126,7 +132,7 @@ def profile(cell: dict) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(MEASURED))
     parser.add_argument("--batches", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float64"], default=["float64", "float32"])
     parser.add_argument("--repeats", type=int, default=7)

@@ -93,20 +93,24 @@ def lora(base: nn.Module) -> Trainee:
     return Trainee(model, list(model.parameters()), restricted=False, fast=False)
 
 
-def adapted(base: nn.Module, method: str, placement: str) -> nn.Module:
+def adapted(base: nn.Module, config: PeftConfig) -> nn.Module:
     """With adapters that do something, as after training."""
-    model = inject(copy.deepcopy(base), PeftConfig(method, targets=placement))
+    model = inject(copy.deepcopy(base), config)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.01 * torch.randn_like(parameter))
     return model
 
 
-def peft(base: nn.Module, method: str, placement: str, levers: int = 2) -> Trainee:
+def placed(method: str, placement: str) -> PeftConfig:
+    return PeftConfig(method, rank=RANK, targets=placement)
+
+
+def peft(base: nn.Module, config: PeftConfig, levers: int = 2) -> Trainee:
     """As ``mace_run_train --peft`` trains it, or with the first few of what makes that cheap: the backward pass to what
     trains, messages and contractions in the cheaper way.
     """
-    model = adapted(base, method, placement)
+    model = adapted(base, config)
     model = fast_messages(model) if levers > 1 else model
     return Trainee(model, list(trainable_parameters(model).values()), levers > 0, levers > 1, peft=True)
 
@@ -114,7 +118,7 @@ def peft(base: nn.Module, method: str, placement: str, levers: int = 2) -> Train
 def floor(base: nn.Module, placement: str) -> Trainee:
     """Adapters that cost nothing: one number is added to what each target gives."""
     model = fast_messages(copy.deepcopy(base).requires_grad_(False))
-    for name in find_targets(base, PeftConfig("mmea", rank=RANK, targets=placement)):
+    for name in find_targets(base, placed("mmea", placement)):
         block = model.get_submodule(name)
         block.register_parameter("number", nn.Parameter(next(base.parameters()).new_zeros(())))
         block.register_forward_hook(lambda module, inputs, output: output + module.number)
@@ -124,9 +128,10 @@ def floor(base: nn.Module, placement: str) -> Trainee:
 TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {
     "full": full,
     "MACE LoRA": lora,
-    **{f"{method} {placement}": lambda base, name=(method, placement): peft(base, *name)
+    **{f"{method} {placement}": lambda base, name=(method, placement): peft(base, placed(*name))
        for method, placement in ADAPTERS},
-    **{f"{method} {placement}, {stage}": lambda base, name=(method, placement), levers=levers: peft(base, *name, levers)
+    **{f"{method} {placement}, {stage}": lambda base, name=(method, placement), levers=levers:
+       peft(base, placed(*name), levers)
        for method, placement in ADAPTERS if placement != "linears" for levers, stage in enumerate(STAGES)},
     "full, cheaper": lambda base: full(base, cheap=True),
     **{f"floor {placement}": lambda base, placement=placement: floor(base, placement) for placement in PLACEMENTS},
@@ -138,10 +143,10 @@ LEVERS = [name for name in TRAINED if ", " in name]
 PREDICTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "base": copy.deepcopy,
     "base again": copy.deepcopy,  # the noise
-    **{f"{method} {placement}": lambda base, name=(method, placement): adapted(base, *name)
+    **{f"{method} {placement}": lambda base, name=(method, placement): adapted(base, placed(*name))
        for method, placement in ADAPTERS},
-    "mmea published, saved": lambda base: fold(adapted(base, "mmea", "published")),  # as mace_run_train leaves it
-    "elora published, merged": lambda base: merge(adapted(base, "elora", "published")),
+    "mmea published, saved": lambda base: fold(adapted(base, placed("mmea", "published"))),  # as mace_run_train leaves it
+    "elora published, merged": lambda base: merge(adapted(base, placed("elora", "published"))),
 }
 # low-rank updates have no TorchScript form until they are folded into the weights
 SCRIPTED = ["base", "base again", "mmea products", "mmea linears", "mmea published, saved", "elora published, merged"]
