@@ -70,10 +70,10 @@ def labelled(atoms: Atoms, seed: int) -> Atoms:
     return atoms
 
 
-def make_batch(structures: list[Atoms], dtype: torch.dtype, device: str):
-    """One batch, as MACE's data loaders give it."""
+def make_batch(structures: list[Atoms], dtype: torch.dtype, device: str, elements: tuple[int, ...] = ELEMENTS):
+    """One batch, as MACE's data loaders give it to a model of these elements."""
     torch.set_default_dtype(dtype)
-    table = tools.AtomicNumberTable(list(ELEMENTS))
+    table = tools.AtomicNumberTable(list(elements))
     dataset = [data.AtomicData.from_config(data.config_from_atoms(atoms), z_table=table, cutoff=CUTOFF)
                for atoms in structures]
     loader = torch_geometric.dataloader.DataLoader(dataset, batch_size=len(dataset), shuffle=False)

@@ -78,7 +78,7 @@ def predict(model: torch.nn.Module, batch):
 
 
 def training(trainees: dict, batch, repeats: int, device: str, progress) -> dict[str, dict]:
-    """Of each trainee the seconds of its steps, and what it holds in them, between them and in a checkpoint, in bytes."""
+    """Of each trainee the seconds of its steps, and in bytes what it holds in them, between them, in a checkpoint."""
     steps = {key: lambda trainee=trainee: trainee.step(batch) for key, trainee in trainees.items()}
     return {"step": in_turn(steps, repeats, device, progress),
             "peak": {key: peak_memory(step, device) for key, step in steps.items()},

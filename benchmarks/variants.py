@@ -8,17 +8,20 @@ import dataclasses
 import io
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from mace import modules
 from mace.modules.lora import inject_LoRAs
 from mace.tools.train import take_step
+from models import molecules
 from torch import nn
 from torch_ema import ExponentialMovingAverage
 
-from mace_peft import PeftConfig, inject, merge, trainable_parameters
+from mace_peft import PeftConfig, choose_ranks, inject, merge, trainable_parameters
 from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.messages import fast_messages
+from mace_peft.methods import METHODS
 from mace_peft.model.inject import fold
 from mace_peft.model.targets import find_targets
 from mace_peft.patching import replaced
@@ -106,6 +109,21 @@ def placed(method: str, placement: str) -> PeftConfig:
     return PeftConfig(method, rank=RANK, targets=placement)
 
 
+def default(base: nn.Module, method: str, placement: str | None = None) -> PeftConfig:
+    """The method as ``mace_run_train`` has it, at its placement or another one; a narrow base takes lower ranks."""
+    rank = METHODS[method].rank
+    if rank == "auto":
+        structures = [atoms[np.isin(atoms.numbers, base.atomic_numbers.cpu())] for atoms in molecules(2)]
+        budget = "5%" if channels_of(base) >= RANK else "50%"
+        return choose_ranks(base, PeftConfig(method, targets=placement, budget=budget), structures)
+    return PeftConfig(method, rank=rank and min(rank, channels_of(base)), targets=placement)
+
+
+def channels_of(base: nn.Module) -> int:
+    """Of the scalars between the layers."""
+    return base.products[0].linear.irreps_out.count("0e")
+
+
 def peft(base: nn.Module, config: PeftConfig, levers: int = 2) -> Trainee:
     """As ``mace_run_train --peft`` trains it, or with the first few of what makes that cheap: the backward pass to what
     trains, messages and contractions in the cheaper way.
@@ -145,7 +163,7 @@ PREDICTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "base again": copy.deepcopy,  # the noise
     **{f"{method} {placement}": lambda base, name=(method, placement): adapted(base, placed(*name))
        for method, placement in ADAPTERS},
-    "mmea published, saved": lambda base: fold(adapted(base, placed("mmea", "published"))),  # as mace_run_train leaves it
+    "mmea published, saved": lambda base: fold(adapted(base, placed("mmea", "published"))),  # as a run leaves it
     "elora published, merged": lambda base: merge(adapted(base, placed("elora", "published"))),
 }
 # low-rank updates have no TorchScript form until they are folded into the weights
