@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 
 class Part:
@@ -61,7 +62,11 @@ def short(found: object) -> str:
         return str(found)
     if "errors" in found:
         return ", ".join(f"{what} {value:.1e}" for what, value in found["errors"].items())
-    return ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, (str, int, float)))
+    if "last lines" in found:
+        return found["last lines"][-1] if found["last lines"] else ""
+    times = {name: median(seconds) for name, seconds in found.get("step", found.get("predict", {})).items()}
+    of = next(iter(times.values()), 0.0)
+    return ", ".join([f"{1e3 * of:.0f} ms", *(f"{name} {seconds / of:.2f}" for name, seconds in times.items())])
 
 
 def read(path: Path) -> dict[str, dict]:
