@@ -40,7 +40,7 @@ class Runs:
     def train(self, method: str, name: str, device: str, epochs: int, *flags: str, **variables: str) -> dict:
         """Run ``mace_run_train`` with the quickstart's settings. Raises RuntimeError for an exit code other than 0."""
         command = [sys.executable, *entrance(), "--config", f"{method}.yaml", f"--name={name}", f"--work_dir={name}",
-                   f"--device={device}", f"--max_num_epochs={epochs}", *flags]
+                   f"--device={device}", f"--max_num_epochs={epochs}", "--plot=False", *flags]
         began = time.monotonic()
         done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               timeout=self.ends - began, env=os.environ | variables)
