@@ -122,6 +122,7 @@ def main() -> int:
     results = args.results.resolve()
     if results.suffix != ".json":
         results /= RESULT.name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part ends with this process
     with tempfile.TemporaryDirectory() as folder:
         try:
             python = Path(sys.executable) if args.wheels is None else install(args.wheels, Path(folder) / "env")
