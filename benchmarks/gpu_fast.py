@@ -21,7 +21,7 @@ from torch import nn
 from variants import Trainee, adapted, default, floor, full, lora, peft
 
 from mace_peft import trainable_parameters
-from mace_peft.fast.tensor_product import split_messages
+from mace_peft.fast.messages import fast_messages
 from mace_peft.methods import METHODS
 from mace_peft.model.inject import eject, fold, freeze
 
@@ -62,7 +62,7 @@ def make_trainees(shape: str, dtype: str, device: str, methods: tuple[str, ...],
         model = freeze(accelerate(model, eject(copy.deepcopy(model)),
                                   lambda _: copy.deepcopy(on_cueq(shape, dtype, device))))
         trained = list(trainable_parameters(model).values())
-        made[f"{named(method)}, cuEquivariance"] = Trainee(model, trained, restricted=True, by_element=True, peft=True)
+        made[f"{named(method)}, cuEquivariance"] = Trainee(model, trained, restricted=True, fast=True, peft=True)
     return made
 
 
@@ -84,7 +84,7 @@ def predictors(shape: str, dtype: str, device: str, methods: tuple[str, ...], cu
         found["base, cuEquivariance"] = on_cueq(shape, dtype, device)
     for name, trainee in trainees(shape, dtype, device, methods, cueq).items():
         if trainee.peft:
-            found[name] = trainee.model if cueq else fold(split_messages(trainee.model, split=False))
+            found[name] = trainee.model if cueq else fold(fast_messages(trainee.model, fast=False))
     return found
 
 

@@ -18,7 +18,7 @@ def fill(page: Path, parts: dict[str, str]) -> None:
     text = page.read_text()
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        pattern = re.compile(re.escape(begin) + "(.*?\n)?" + re.escape(end.lstrip()), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page} has no marks {begin.strip()} and {end.strip()}: put them where the part belongs")
         text = pattern.sub(lambda _, content=begin + content + end: content, text)

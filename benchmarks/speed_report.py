@@ -9,11 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from pages import DOCS, fill, table, versions
-from variants import STAGES
+from variants import PLACEMENTS, STAGES
 
-METHODS = [f"{method} {placement}" for placement in ("products", "linears", "published") for method in
-           ("mmea", "elora")]
-PLACEMENTS = ("products", "linears", "published")
+METHODS = [*(f"{method} {placement}" for placement in PLACEMENTS[:3] for method in ("mmea", "elora")), "scales all"]
 
 
 def ratios(times: dict[str, list[float]], of: str, to: str) -> list[float]:
@@ -64,14 +62,14 @@ def levers(cells: list[dict]) -> str:
         if "full, cheaper" not in cell["step"]:
             continue
         same = spread(ratios(cell["step"], "full, cheaper", "full"))
-        rows.append([title(cell), "none: full", "1.00", "", "", same, "", ""])
+        rows.append([title(cell), "none: full", "1.00", "", same, "", ""])
         for name in METHODS:
             stages = [*(f"{name}, {stage}" for stage in STAGES), name, f"floor {name.split()[1]}"]
             if stages[0] in cell["step"]:
                 rows.append([title(cell), name, *(spread(ratios(cell["step"], stage, "full")) for stage in stages),
                              spread(ratios(cell["step"], name, stages[-1]))])
-    return table(["cell", "adapters", "as MACE trains", "backward to what trains", "and split messages",
-                  "and contractions by element", "floor", "step / floor"], rows)
+    return table(["cell", "adapters", "as MACE trains", "backward to what trains", "and cheaper messages, contractions",
+                  "floor", "step / floor"], rows)
 
 
 def predictions(cells: list[dict], kind: str) -> str:
@@ -116,11 +114,10 @@ def draw(cells: list[dict]) -> plt.Figure:
         middles = [median(value) for value in values]
         errors = [[middle - min(value) for middle, value in zip(middles, values, strict=True)],
                   [max(value) - middle for middle, value in zip(middles, values, strict=True)]]
-        panel.bar(names, middles, yerr=errors, color=["0.3"] + ["0.75", "0.55"] * 3, ecolor="0.2", capsize=2)
-        for index, placement in enumerate(PLACEMENTS):
-            floor = median(ratios(cell["step"], f"floor {placement}", "full"))
-            panel.hlines(floor, 0.6 + 2 * index, 2.4 + 2 * index, color="tab:red",
-                         label="floor" if index == 0 else None)
+        panel.bar(names, middles, yerr=errors, color=["0.3", *["0.75", "0.55"] * 3, "0.75"], ecolor="0.2", capsize=2)
+        for index, name in enumerate(METHODS, start=1):
+            floor = median(ratios(cell["step"], f"floor {name.split()[1]}", "full"))
+            panel.hlines(floor, index - 0.4, index + 0.4, color="tab:red", label="floor" if index == 1 else None)
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_title(title(cell), fontsize=9)
         panel.tick_params(axis="x", rotation=60, labelsize=8)

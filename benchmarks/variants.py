@@ -28,9 +28,10 @@ from mace_peft.patching import replaced
 from mace_peft.train.checkpoints import checkpoint_of
 
 RANK = 16
-PLACEMENTS = ("products", "linears", "published")
+PLACEMENTS = ("products", "linears", "published", "all")
 STAGES = ("as MACE", "to what trains")
-ADAPTERS = [(method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS]
+ADAPTERS = [*((method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS[:3]), ("scales", "all")]
+STAGED = [(method, placement) for method, placement in ADAPTERS if placement != "linears"]
 
 
 @dataclasses.dataclass
@@ -106,7 +107,7 @@ def adapted(base: nn.Module, config: PeftConfig) -> nn.Module:
 
 
 def placed(method: str, placement: str) -> PeftConfig:
-    return PeftConfig(method, rank=RANK, targets=placement)
+    return PeftConfig(method, rank=None if METHODS[method].rank is None else RANK, targets=placement)
 
 
 def default(base: nn.Module, method: str, placement: str | None = None) -> PeftConfig:
@@ -150,7 +151,7 @@ TRAINED: dict[str, Callable[[nn.Module], Trainee]] = {
        for method, placement in ADAPTERS},
     **{f"{method} {placement}, {stage}": lambda base, name=(method, placement), levers=levers:
        peft(base, placed(*name), levers)
-       for method, placement in ADAPTERS if placement != "linears" for levers, stage in enumerate(STAGES)},
+       for method, placement in STAGED for levers, stage in enumerate(STAGES)},
     "full, cheaper": lambda base: full(base, cheap=True),
     **{f"floor {placement}": lambda base, placement=placement: floor(base, placement) for placement in PLACEMENTS},
 }

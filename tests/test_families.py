@@ -165,7 +165,7 @@ def test_the_family_keeps_its_weights_with_fewer_elements_or_says_that_it_cannot
         assert_close(predict(rebuild(model, [1, 8], ["Default"], [E0s]), water), predict(model, water))
 
 
-# --- cheaper steps (test_backward.py) ---------------------------------------------------------------------------------
+# --- cheaper steps (test_fast.py) ------------------------------------------------------------------------------------
 
 
 def second_order(model) -> list[torch.Tensor]:

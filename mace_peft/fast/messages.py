@@ -100,6 +100,8 @@ def read_blocks(product: o3.TensorProduct) -> list[Block]:
     blocks = []
     for number, (part, (channels, ir)) in enumerate(zip(product.irreps_in1.slices(), product.irreps_in1, strict=True)):
         found = [(index, i) for index, i in enumerate(product.instructions) if i.i_in1 == number]
+        if not found:  # the messages have none of its irreps
+            continue
         units = []
         for component in range(ir.dim):
             x = Y.new_zeros(len(Y), product.irreps_in1.dim)
@@ -156,7 +158,7 @@ class Gradients(torch.autograd.Function):
     def forward(ctx, blocks: list[Block], g: Tensor, receivers: Tensor, x: Tensor, Y: Tensor, w: Tensor) -> tuple:
         ctx.blocks = blocks
         ctx.save_for_backward(g, receivers, x, Y, w)
-        of_x, of_Y, of_w = torch.empty_like(x), torch.zeros_like(Y), torch.empty_like(w)
+        of_x, of_Y, of_w = torch.zeros_like(x), torch.zeros_like(Y), torch.empty_like(w)
         for block, x_b, M in each(blocks, x, Y):
             of_x_b, of_M = torch.zeros_like(x_b), torch.empty_like(M)
             for path in block.paths:
@@ -174,7 +176,7 @@ class Gradients(torch.autograd.Function):
     def backward(ctx, v_x: Tensor, v_Y: Tensor, v_w: Tensor) -> tuple:
         """Of the sum of v_x of_x + v_Y of_Y + v_w of_w, in which each argument is linear."""
         g, receivers, x, Y, w = ctx.saved_tensors
-        of_g, of_x, of_Y, of_w = torch.empty_like(g), torch.empty_like(x), torch.zeros_like(Y), torch.empty_like(w)
+        of_g, of_x, of_Y, of_w = torch.empty_like(g), torch.zeros_like(x), torch.zeros_like(Y), torch.empty_like(w)
         for (block, x_b, M), (_, v_b, M_v) in zip(each(ctx.blocks, x, Y), each(ctx.blocks, v_x, v_Y), strict=True):
             components = x_b.shape[1]
             both = torch.cat([M, M_v], 1)
