@@ -5,6 +5,7 @@ and contractions by element.
 import contextlib
 import copy
 import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from mace.modules import blocks as mace_blocks
 from mace.modules.irreps_tools import tp_out_irreps_with_instructions
 from mace.modules.symmetric_contraction import Contraction
 from mace.tools.train import take_step
-from tiny import assert_close, assert_equal, configurations, loaded, predict, randomise, tiny_mace
+from tiny import assert_close, assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
 from torch_ema import ExponentialMovingAverage
 
-from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft import PeftConfig, inject, merge, trainable_parameters
 from mace_peft.fast import contraction as contractions
 from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.fast.backward import backward_to
@@ -215,3 +216,21 @@ def test_what_is_restored_is_as_before():
     restored = fast_messages(copy.deepcopy(model), fast=False)
     assert [type(module).__name__ for module in restored.modules()] == [type(m).__name__ for m in before.modules()]
     assert_equal(predict(restored, configurations(2)), predict(before, configurations(2)))
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [PeftConfig("elora", rank=2), PeftConfig("scales"),
+                                    PeftConfig("elora+scales", rank=2)], ids=lambda config: config.method)
+def test_a_merged_model_predicts_with_the_operations_of_its_base(config):
+    def operations(model):
+        inputs = batch(model.requires_grad_(False), configurations(2))
+        for _ in range(3):  # TorchScript looks at the first calls
+            model(inputs, training=False, compute_force=True)
+        with torch.profiler.profile() as profile:
+            model(inputs, training=False, compute_force=True)
+        return Counter(event.name for event in profile.events() if event.name.startswith("aten::"))
+
+    base = tiny_mace()
+    assert operations(merge(randomise(inject(copy.deepcopy(base), config)))) == operations(base)
