@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="the file to write")
     export.add_argument("--format", choices=FORMATS, default="model", help="default: model")
     export.add_argument("--head", help="the head for LAMMPS, where the model has several")
+    export.add_argument("--strength", type=float, metavar="S", help="from 0, the foundation, to 1, the adapter; "
+                        "default: as it was saved, which is 1 after a run")
     export.set_defaults(runs=("mace_peft.deploy", "export"))
 
     plot = commands.add_parser("plot", help="draw the gains of MMEA, or the singular values of ELoRA's updates")

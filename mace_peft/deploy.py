@@ -47,7 +47,7 @@ class AdaptedCalculator(MACECalculator):
         """What tells, by identity, whether the models predict as before: what each adapter brought, and if it is on."""
         off = SWITCHED_OFF.get()
         return [mark for model in self.models
-                for mark in (getattr(model, "peft_originals", None), any(one is model for one in off))]
+                for mark in (getattr(model, "peft_originals", None), type(model), any(one is model for one in off))]
 
     def check_state(self, atoms, tol=1e-15):
         """ASE's: what has changed since the results. They are given up where the adapters have."""
@@ -88,23 +88,25 @@ def name_of(atoms: Atoms | None) -> str:
     return "the structure" if atoms is None else f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)"
 
 
-def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, **options) -> MACECalculator:
+def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, strength: float | None = None,
+               **options) -> MACECalculator:
     """ASE calculator of the fine-tuned model: energies in eV, forces in eV/A, stress in eV/A^3.
 
     foundation: the MACE model that the adapter was trained from, its file, or a name that MACE knows; a model is not
-    changed. adapter: the adapter directory. options: those of ``MACECalculator``, such as ``device`` and ``head``;
-    ``default_dtype`` is that of the training unless given.
+    changed. adapter: the adapter directory. strength: 0 to 1, see ``load_adapter``. options: those of
+    ``MACECalculator``, such as ``device`` and ``head``; ``default_dtype`` is that of the training unless given.
 
     Raises PeftError where ``load_adapter`` does, and for a foundation that cannot be loaded. The calculator raises it
     for a structure with elements that the adapter was not trained for, and for a prediction of NaN or infinity.
     """
-    model = deployable(foundation, adapter, options.pop("default_dtype", None))
+    model = deployable(foundation, adapter, options.pop("default_dtype", None), strength)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return AdaptedCalculator(models=[model], default_dtype=dtype, adapter=adapter, **options)
 
 
 def deployable(
-    foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None
+    foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None,
+    strength: float | None = None,
 ) -> nn.Module:
     """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
     if not isinstance(foundation, nn.Module) and Path(foundation).is_dir() and Path(adapter).is_file():
@@ -115,7 +117,7 @@ def deployable(
     check_choice("default_dtype", dtype, ("float32", "float64"))
     model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)
     # the dtype first: what narrows the elements divides weights
-    return settle_isolated_atoms(fold(load_adapter(model.to(getattr(torch, dtype)), adapter)).eval())
+    return settle_isolated_atoms(fold(load_adapter(model.to(getattr(torch, dtype)), adapter, strength)).eval())
 
 
 def for_mliap(model: nn.Module, head: str) -> nn.Module:
@@ -132,12 +134,13 @@ FORMATS: dict[str, Callable[[nn.Module, BinaryIO, str], None]] = {
 COMPILED = {"torchscript": "PyTorch", "lammps": "LAMMPS"}  # what loads these instead of MACE
 
 
-def export(foundation: str, adapter: str, out: str, format: str, head: str | None = None) -> str:
+def export(foundation: str, adapter: str, out: str, format: str, head: str | None = None,
+           strength: float | None = None) -> str:
     """Write the fine-tuned model to one file; returns a sentence that says what it is and what it needs.
 
     format: ``model``, a MACE model as ``mace_run_train`` saves it; ``torchscript``; ``lammps``, for
     ``pair_style mace``; ``lammps-mliap``, for ``pair_style mliap unified``. head: the one for LAMMPS to use, where
-    there are several.
+    there are several. strength: 0 to 1, see ``load_adapter``.
 
     Raises PeftError if something does not fit, or cannot be written. The file is there complete, or not at all.
     """
@@ -153,7 +156,7 @@ def export(foundation: str, adapter: str, out: str, format: str, head: str | Non
         raise PeftError(f"{out} is in the directory of the adapter or a link to a file of it, which it would destroy: "
                         "give another file name")
     with tqdm(total=3, desc="load", disable=None) as progress:
-        model = deployable(foundation, adapter)
+        model = deployable(foundation, adapter, strength=strength)
         head = choose_head(model, head, format)
         needs = COMPILED.get(format, "mace-torch and mace-peft" if is_adapted(model) else "mace-torch")
         progress.update()

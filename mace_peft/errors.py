@@ -4,8 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# settings, and the options of mace_run_train that they are
-OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern"} | {
+# settings, and the options of mace_run_train and mace_peft that they are
+OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern", "strength": "--strength"} | {
     name: f"--peft_{name}" for name in "rank alpha targets gate init_std train_also budget adapter fast".split()}
 MARKED = re.compile(f"<({'|'.join(OPTIONS)})>")
 

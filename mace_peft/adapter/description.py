@@ -75,9 +75,10 @@ FIELDS = {
     "versions": AtMost(20, {NAME: NAME}),
     "tensors": SHA256,
     "sha256": SHA256,
+    "strength": float,
     "training": TRAINING,
 }
-OPTIONAL = {"training"}  # no run has saved the adapter
+OPTIONAL = {"strength", "training"}  # it is 1; no run has saved the adapter
 
 
 def versions() -> dict[str, str]:
@@ -92,8 +93,9 @@ def describe(model: nn.Module) -> dict:
     Raises PeftError for what an adapter directory has no place for: long names, and numbers that are not finite.
     """
     backbone = backbone_of(model)
+    full = {field: model.peft_full.get(name, buffer) for field, (name, buffer) in backbone.constants(model).items()}
     held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
-            for field, (_, buffer) in backbone.constants(model).items()}
+            for field, buffer in full.items()}
     said = {
         "format": FORMAT,
         "peft": model.peft_config.to_dict(),
@@ -105,6 +107,7 @@ def describe(model: nn.Module) -> dict:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "base_parameters": size_of_base(model),
         "versions": versions(),
+        **({} if model.peft_strength == 1 else {"strength": model.peft_strength}),
     }
     for name in improper(said):
         raise PeftError(f"an adapter directory has no place for the {name} {said[name]!r:.200} of this model, which "

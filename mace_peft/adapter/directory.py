@@ -45,23 +45,28 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Write the adapted model's trained tensors and settings to the directory; returns its path.
 
     The files hold what it takes to get from the foundation file to this model: the trained parameters, the elements,
-    E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the name and
-    fingerprint of the foundation, and the versions of the packages. Other files in the directory stay, and so does a
-    README.md that is no card of an adapter.
+    E0s (eV, one list per head, in the order of the elements), heads, scale and shift (eV), the settings, the strength,
+    the name and fingerprint of the foundation, and the versions of the packages. The tensors are those of strength 1,
+    whatever the strength. Other files in the directory stay, and so does a README.md that is no card of an adapter.
 
     Killed at any moment, or read meanwhile, it is the adapter that was there or the new one: adapter_model.safetensors
     holds all of it and takes the place of the older one in one step, after adapter_config.json, its copy to look at,
     and README.md, its card.
 
     Warns if the base is no longer the one that the adapters were put into. Raises PeftError, and writes nothing, if the
-    model has no adapters, and for what ``load_adapter`` would refuse, such as weights of NaN; OSError if the directory
-    cannot be written.
+    model has no adapters, for what ``load_adapter`` would refuse, such as weights of NaN, and where updates are folded
+    at another strength than 1; OSError if the directory cannot be written.
     """
     check_adapted(model)
+    if model.peft_folded and model.peft_strength != 1:
+        raise PeftError(f"the low-rank updates of this model are folded into its weights at strength "
+                        f"{model.peft_strength:g}, which its gates alone do not say: save the model itself, or the "
+                        "adapter before it is folded")
     if model.peft_foundation is not None and origin(model) is not model.peft_foundation:
         warnings.warn("the weights of the base have changed since the adapters were put in, so that this adapter goes "
                       "with no other: save them too, or train them by train_also", stacklevel=2)
-    trained = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable_parameters(model).items()}
+    trained = {name: model.peft_full.get(name, parameter).detach().to(parameter.dtype).cpu().contiguous()
+               for name, parameter in trainable_parameters(model).items()}
     return write(Path(directory), describe(model), finite(trained, "the model"))
 
 

@@ -26,6 +26,7 @@ def facts(description: dict, sizes: dict[str, int]) -> dict[str, str]:
     share = f", {100 * trained / base:.1f} % of the base's {base:,}" if base else ""
     return {
         "method": ", ".join([config["method"], *settings]),
+        **({"strength": f"{description['strength']:g}"} if "strength" in description else {}),
         "placement": config["targets"],
         "trains along": config["train_also"] or "nothing",
         "parameters": f"{trained:,} ({description['dtype']}){share}",

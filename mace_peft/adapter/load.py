@@ -14,12 +14,16 @@ from mace_peft.errors import PeftError, one_line
 from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import inject, take_adapters_out
 from mace_peft.model.retired import retire
+from mace_peft.model.strength import check_strength, set_strength
 
 HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 
 
-def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.PathLike, strength: float | None = None
+                 ) -> nn.Module:
     """Make the foundation the trained model, in place: all but its adapters is frozen then. Returns it.
+
+    strength: see ``set_strength``; by default that with which the adapter was saved, which is 1 after a run.
 
     Of a MACE model, its file or a name that MACE knows will do, which is loaded on the CPU in its own dtype.
     The foundation may have another dtype or device than in training. It takes the elements and heads that the adapter
@@ -29,8 +33,10 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
     No code from the directory runs.
 
     Raises PeftError, and leaves the model as it was, if the directory holds no complete adapter, or one that was
-    trained from another foundation, and if the foundation is no model or cannot be loaded.
+    trained from another foundation, if the foundation is no model or cannot be loaded, and for a strength that is none.
     """
+    if strength is not None:
+        check_strength(strength)
     if isinstance(foundation, (str, os.PathLike)):
         from mace_peft.backbones.foundation import load_foundation  # which needs mace-torch
 
@@ -57,6 +63,7 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
             fill(model, tensors, complete=True)
             set_energies(model, description)
             model.peft_gains = description["gains"]
+            set_strength(model, description.get("strength", 1.0) if strength is None else strength)
             become(foundation, model)
             keep_parameters(foundation, learnt)
     except PeftError as error:

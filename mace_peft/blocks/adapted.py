@@ -40,8 +40,8 @@ class Updated(Adapted):
     """A block that runs with the weights that its adapter makes of its own. TorchScript: fold them in first."""
 
     def adapted_weights(self) -> dict[str, Tensor]:
-        """The weights, by name, that the adapter makes of the block's own."""
-        return self.adapter(weights_of(self, self.adapter.names))
+        """The weights, by name, that the adapter makes of the block's own, at its strength."""
+        return self.adapter.at_strength(weights_of(self, self.adapter.names))
 
     def forward(self, *args, **kwargs):
         return over(self, self.adapted_weights()).forward(*args, **kwargs)
@@ -113,6 +113,13 @@ def adapted_blocks(model: nn.Module) -> dict[str, Adapted]:
 def adapters_of(block: Adapted) -> dict[str, Adapter]:
     """The block's adapters: one, under the name ``output``; or several gates, by what they gate."""
     return dict(block.adapter.items()) if isinstance(block.adapter, nn.ModuleDict) else {"output": block.adapter}
+
+
+def strengthen(model: nn.Module, strength: float) -> None:
+    """Give all adapters of the model this strength (0 to 1)."""
+    for block in adapted_blocks(model).values():
+        for adapter in adapters_of(block).values():
+            adapter.strength = strength
 
 
 def empty_block(mixin: str | type[Adapted], plain: type[nn.Module]) -> Adapted:

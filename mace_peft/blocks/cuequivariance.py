@@ -64,7 +64,7 @@ class CueContraction(Adapted):
     def update(self) -> Tensor:
         """What the adapter adds to the joined weight."""
         base = {name: self.get_buffer(name.replace(".", "_")) for name in self.adapter.names}
-        return self.mapped({name: weight - base[name] for name, weight in self.adapter(base).items()})
+        return self.mapped({name: weight - base[name] for name, weight in self.adapter.at_strength(base).items()})
 
     def mapped(self, weights: dict[str, Tensor]) -> Tensor:
         """Weights of the joined contraction from these; those that are not given are zero."""

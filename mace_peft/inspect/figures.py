@@ -37,7 +37,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
 
     Raises PeftError if there is nothing to draw, if something does not fit, or if a file cannot be written.
     """
-    model = load_adapter(load_foundation(foundation), adapter)
+    model = load_adapter(load_foundation(foundation), adapter, strength=1)
     gains = gates_with_gains(model)
     updated = [block for block in adapted_blocks(model).values() if isinstance(block, Updated)]
     if gains and structures is None:

@@ -17,6 +17,7 @@ class Adapter(nn.Module):
     shapes. An adapter of features says so (``on_features``), see ``MMEA``.
 
     kind: what trains, in the table of a run. names: the weights that it reads, set by who puts it in.
+    strength: 0 to 1, by how much it acts, see ``at_strength``; an adapter of features has it in its own ``forward``.
     """
 
     # without annotations, which TorchScript of torch 2.1 would have to read
@@ -25,6 +26,22 @@ class Adapter(nn.Module):
     settings = ()
     on_features = False
     without_rank = None  # what is left of the adapter, as a class, where no rank was chosen
+
+    def __init__(self):
+        super().__init__()
+        self.strength = 1.0
+
+    def at_strength(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``forward`` at the strength s: W + s (W' - W) for each weight W that the adapter makes W'.
+
+        At 0 it gives the weights and at 1 those of ``forward``, to the last bit.
+        """
+        if self.strength == 0:
+            return weights
+        made = self(weights)
+        if self.strength == 1:
+            return made
+        return {name: torch.lerp(weights[name], weight, self.strength) for name, weight in made.items()}
 
     @classmethod
     def largest_rank(cls, parts: Sequence[Part]) -> int:

@@ -28,6 +28,8 @@ class MMEA(Adapter):
 
         z = tanh(s W1 + b1) - tanh(b1)          phi(g) = exp(c tanh(g / c))     u = |s|^2 / (1 + |s|^2)
 
+    At a strength s the gain is phi(g)^s and the shift is scaled by s: 0 gives h, to the last bit, and 1 the equations.
+
     A 0o channel is multiplied: a shift would break parity. All weights start at zero, but W1 (uniform, as in nn.Linear)
     and W0 (N(0, init_std)): with init_std = 0, h' = h.
 
@@ -78,20 +80,26 @@ class MMEA(Adapter):
             return blocks[0]
         return torch.cat(blocks, -1) if len(blocks) > 0 else x[..., :0]
 
-    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, x: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
         """Gains phi (..., channels that are not 0e) and shifts (..., 0e channels), in the order of irreps_out."""
         s = self.scalars_of(x)
         y = s @ self.W1 + self.b1
         if self.gate == "exp":
             z = silu(y)
-            return torch.exp(z @ self.W2 + self.b2), z @ self.W0 + self.b0
-        z = torch.tanh(y) - torch.tanh(self.b1)
-        surrounded = (s * s).sum(-1, keepdim=True)
-        gain = torch.exp(self.bound * torch.tanh((z @ self.W2 + self.b2) / self.bound))
-        return gain, z @ self.W0 + surrounded / (1 + surrounded) * self.b0
+            log_gain, shift = z @ self.W2 + self.b2, z @ self.W0 + self.b0
+        else:
+            z = torch.tanh(y) - torch.tanh(self.b1)
+            surrounded = (s * s).sum(-1, keepdim=True)
+            log_gain = self.bound * torch.tanh((z @ self.W2 + self.b2) / self.bound)
+            shift = z @ self.W0 + surrounded / (1 + surrounded) * self.b0
+        if strength != 1.0:  # which costs a step of training nothing
+            log_gain, shift = strength * log_gain, strength * shift
+        return torch.exp(log_gain), shift
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        gain, shift = self.coefficients(x)
+        if self.strength == 0.0:
+            return h
+        gain, shift = self.coefficients(x, self.strength)
         gains, shifts = gain.split(self.gain_counts, -1), shift.split(self.shifts, -1)
         modulated: list[Tensor] = []
         for none in (gain, shift):

@@ -8,9 +8,7 @@ the same adapters for MACE to fill, and refuses parameters that would leave an a
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from contextvars import ContextVar
 from weakref import WeakValueDictionary
 
@@ -18,7 +16,7 @@ import torch
 from torch import nn
 
 from mace_peft.backbones import backbone_of
-from mace_peft.blocks.adapted import Updated, adapted_blocks, over, plain, put_in
+from mace_peft.blocks.adapted import Updated, adapted_blocks, over, plain, put_in, strengthen
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model import isolated
@@ -37,31 +35,35 @@ SWITCHED_OFF: ContextVar[tuple[nn.Module, ...]] = ContextVar("switched off", def
 class AdaptedModel(nn.Module):
     """Marks a model that has adapters; its own class is the last base of its subclass, whose name it keeps.
 
-    With the class come the settings, ``peft_config``, and ``peft_folded``: whether low-rank updates were folded into
-    the base while gates stayed. The model has
+    With the class come the settings, ``peft_config``; ``peft_folded``: whether low-rank updates were folded into the
+    base while gates stayed; and ``peft_strength``, see ``set_strength``. The model has
     - ``peft_foundation``, what it started from (a dict of name, head and fingerprint; None is its own base, see
       ``origin``), and ``peft_base``, by which it knows its base again;
     - ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
       as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift are
       those of its base;
+    - ``peft_full``: of these tensors, and of E0s that ``settle_isolated_atoms`` has changed, the values at strength 1,
+      where the model holds others;
     - ``peft_isolated``, see ``of_isolated_atoms``;
     - ``peft_gains``, the gains of its gates on the training set, see ``mace_peft.inspect.gain_ranges``; or None.
     """
 
     is_made_here = True
     peft_folded = False
+    peft_strength = 1.0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.peft_foundation = self.peft_base = None
         self.peft_isolated = UNKNOWN
-        self.peft_gains = None
+        self.peft_gains, self.peft_full = None, {}
         if backbone_of(self).backend(self) == "cuEquivariance":
             self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
         else:
             backbone_of(self).check_new(self)
             self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
             add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
+            strengthen(self, self.peft_strength)
 
     def take_gates(self, plain: AdaptedModel) -> None:
         """Adapters as the plain model's, on the layers of cuEquivariance, for MACE to fill.
@@ -88,7 +90,7 @@ class AdaptedModel(nn.Module):
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
-        return restore, ("model", plain(self), self.peft_config.to_dict(), self.peft_folded), *state
+        return restore, ("model", plain(self), self.peft_config.to_dict(), self.peft_folded, self.peft_strength), *state
 
     def __copy__(self):
         """A deep copy: to eject, merge or load an adapter, all in place, changes no other model."""
@@ -105,22 +107,23 @@ class AdaptedModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def adapted_model_class(plain: type[nn.Module], config: PeftConfig, folded: bool = False) -> type[AdaptedModel]:
-    key = plain, config, folded
-    attributes = {"peft_config": config, "peft_folded": folded, "__module__": plain.__module__,
-                  "__doc__": plain.__doc__}
+def adapted_model_class(plain: type[nn.Module], config: PeftConfig, folded: bool = False, strength: float = 1.0
+                        ) -> type[AdaptedModel]:
+    key = plain, config, folded, strength
+    attributes = {"peft_config": config, "peft_folded": folded, "peft_strength": strength,
+                  "__module__": plain.__module__, "__doc__": plain.__doc__}
     return CLASSES.get(key) or CLASSES.setdefault(key, type(plain.__name__, (AdaptedModel, plain), attributes))
 
 
-def empty_model(plain: type[nn.Module], settings: dict, folded: bool) -> AdaptedModel:
+def empty_model(plain: type[nn.Module], settings: dict, folded: bool, strength: float) -> AdaptedModel:
     """For ``mace_peft.restore``."""
-    cls = adapted_model_class(plain, PeftConfig(**settings), folded)
+    cls = adapted_model_class(plain, PeftConfig(**settings), folded, strength)
     return cls.__new__(cls)
 
 
 def settle(model: nn.Module, config: PeftConfig, foundation: dict | None, folded: bool = False) -> None:
     """Give the model the class that keeps these settings, and this origin."""
-    model.__class__ = adapted_model_class(plain(model), config, folded)
+    model.__class__ = adapted_model_class(plain(model), config, folded, getattr(model, "peft_strength", 1.0))
     model.peft_foundation = foundation
     model.peft_base = base_digest(model)
     model.peft_isolated = UNKNOWN
@@ -161,29 +164,6 @@ def check_switched_on(model: nn.Module) -> None:
         raise PeftError("the model's adapter is switched off: leave disable_adapter first")
 
 
-@contextlib.contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The base's predictions for a while: ``with disable_adapter(model): ...``.
-
-    It holds for calls of the model in this context: not for other threads, and not for copies and files that are made
-    meanwhile, which have their adapters. What trained along, and what ``load_adapter`` set, counts as before. Raises
-    PeftError if there is no adapter, and for a model of which only the gates are left: the updates that are folded into
-    its weights cannot be switched off.
-    """
-    if not any(off is model for off in SWITCHED_OFF.get()):  # by an outer one
-        check_adapted(model)
-    if model.peft_folded:
-        raise PeftError("the low-rank updates of this model are folded into its weights, so that it is not the "
-                        "foundation without its gates: use the foundation itself, or load_adapter(foundation, "
-                        "directory), which folds nothing")
-    known_originals(model)
-    before = SWITCHED_OFF.set((*SWITCHED_OFF.get(), model))
-    try:
-        yield model
-    finally:
-        SWITCHED_OFF.reset(before)
-
-
 def base_of(model: AdaptedModel, originals: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """The base as a plain model of its own, which shares its tensors with the adapted one, but for the originals."""
     originals = known_originals(model) if originals is None else originals
@@ -197,11 +177,13 @@ def base_of(model: AdaptedModel, originals: dict[str, torch.Tensor] | None = Non
 def of_isolated_atoms(model: AdaptedModel) -> torch.Tensor | None:
     """What the base adds to the E0s of atoms without neighbours (eV); None where no adapter changes it.
 
-    None also for ``exp``, the published gate, whose predictions are the published ones, shift of such atoms included.
+    None also at strength 0, and for ``exp``, the published gate, whose predictions are the published ones, shift of
+    such atoms included.
     """
     if model.peft_isolated is UNKNOWN:
         known = {name: original for name, original in model.peft_originals.items() if original is not None}
-        model.peft_isolated = None if model.peft_config.gate == "exp" else isolated.kept_by(base_of(model, known))
+        free = model.peft_config.gate == "exp" or model.peft_strength == 0
+        model.peft_isolated = None if free else isolated.kept_by(base_of(model, known))
         if model.peft_isolated is not None:
             known_originals(model)  # raises if one is lost
             # of forward, which knows nothing of this: settle_isolated_atoms first

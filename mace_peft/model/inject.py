@@ -44,7 +44,7 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
     originals = {name: model.get_parameter(name).detach().clone() for name in
                  find_parameters(model, config.train_also)}
     add_adapters(model, targets, config)
-    model.peft_originals, model.peft_gains = originals, None
+    model.peft_originals, model.peft_gains, model.peft_full = originals, None, {}
     settle(model, config, foundation)
     return freeze(model)
 
@@ -199,7 +199,9 @@ def fold(model: nn.Module) -> nn.Module:
 def settle_isolated_atoms(model: nn.Module) -> nn.Module:
     """Put the energies of isolated atoms right by the E0s, for a model that does not train any more. Returns it."""
     if is_adapted(model) and of_isolated_atoms(model) is not None:
-        model.get_buffer(isolated.E0S).sub_(isolated.drift(model, of_isolated_atoms(model)))
+        E0s = model.get_buffer(isolated.E0S)
+        model.peft_full.setdefault(isolated.E0S, E0s.clone())
+        E0s.sub_(isolated.drift(model, of_isolated_atoms(model)))
         model.peft_isolated = None
         vars(model).pop(COMPILE_MODE, None)
     return model
@@ -208,6 +210,7 @@ def settle_isolated_atoms(model: nn.Module) -> nn.Module:
 def forget(model: nn.Module) -> nn.Module:
     """Drop what ``inject`` left on a model that has no adapters any more, so that it is a plain one again."""
     del model.peft_originals, model.peft_foundation, model.peft_base, model.peft_isolated, model.peft_gains
+    del model.peft_full
     vars(model).pop(COMPILE_MODE, None)
     model.__class__ = plain(model)
     return model.requires_grad_(True)

@@ -31,6 +31,7 @@ def accelerate(model: nn.Module, base: nn.Module, convert: Callable[[nn.Module],
     accelerated.peft_originals = dict.fromkeys(model.peft_originals)
     accelerated.__class__ = adapted_model_class(type(accelerated), model.peft_config)
     accelerated.peft_foundation = accelerated.peft_base = accelerated.peft_gains = None
+    accelerated.peft_full = {}
     accelerated.peft_isolated = of_isolated_atoms(model)
     return copy_trained(model, accelerated)
 

@@ -83,7 +83,11 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
         config = PeftConfig(**settings)
         check(model, config)
         return Start(config, source, model.atomic_numbers.tolist())
-    config = settings_from(model.peft_config, settings, directory or f"foundation model {args.foundation_model}")
+    given = directory or f"foundation model {args.foundation_model}"
+    if model.peft_strength != 1:
+        raise PeftError(f"the adapter in {given} has the strength {model.peft_strength:g}, and only one of strength 1 "
+                        "trains further: give what its run left, or save it again after set_strength(model, 1)")
+    config = settings_from(model.peft_config, settings, given)
     go_on(eject(copy.deepcopy(model)), config, source, model)
     return Start(config, source, model.atomic_numbers.tolist(), model)
 
