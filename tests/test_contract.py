@@ -16,8 +16,8 @@ from mace.calculators import MACECalculator
 from mace.tools.scripts_utils import extract_config_mace_model
 from tiny import assert_close, assert_equal, batch, configurations, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, merge, trainable_parameters
-from mace_peft.methods import METHODS, MMEA, LowRank, Method
+from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, merge, set_strength, trainable_parameters
+from mace_peft.methods import METHODS, MMEA, Adapter, LowRank, Method
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold
 
@@ -410,6 +410,49 @@ def test_the_settings_of_a_folded_hybrid_give_its_gates(method, targets, monkeyp
     config, shapes = model.peft_config, {name: weight.shape for name, weight in trainable_parameters(model).items()}
     inject(eject(model), config)
     assert {name: weight.shape for name, weight in trainable_parameters(model).items()} == shapes
+
+
+# --- strength ---------------------------------------------------------------------------------------------------------
+
+
+def weights_between(adapter, weights):
+    """The weights at the adapter's strength, as the docstring of ``set_strength`` says."""
+    return {key: weights[key] + adapter.strength * (made - weights[key]) for key, made in adapter(weights).items()}
+
+
+def gate_between(gate, x, h):
+    """The same of the features that a gate gives, irrep by irrep."""
+    gains, shifts = gate.coefficients(x)
+    outputs, irreps = [], o3.Irreps(gate.irreps_out)
+    for (mul, ir), columns in zip(irreps, irreps.slices(), strict=True):
+        before = h[..., columns]
+        if ir == o3.Irrep("0e"):
+            shift, shifts = shifts[..., :mul], shifts[..., mul:]
+            outputs.append(before + gate.strength * shift)
+        else:
+            gain, gains = gains[..., :mul], gains[..., mul:]
+            outputs.append((before.unflatten(-1, (mul, ir.dim)) * gain.unsqueeze(-1) ** gate.strength).flatten(-2))
+    return torch.cat(outputs, -1)
+
+
+@over([case for case in EVERY if case[2] == 1])
+def test_a_strength_lies_between_the_foundation_and_the_adapter(case, monkeypatch):
+    expected, original = prediction(case), base_prediction(*case[2:])
+    model = shared(case)  # a copy would have to warm up
+    try:
+        assert_equal(settled(set_strength(model, 0)), original)
+        found = predict(set_strength(model, 0.3), structures())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        monkeypatch.setattr(Adapter, "at_strength", weights_between)
+        monkeypatch.setattr(MMEA, "forward", gate_between)
+        assert_close(found, predict(model, structures()), 1e-10 if case[3] == DOUBLE else 1e-4)
+        monkeypatch.undo()
+    finally:
+        set_strength(model, 1)
+    assert all((one - other).norm() > 1e-4 * other.norm() for end in (expected, original)
+               for one, other in zip(found, end, strict=True))
+    assert_equal(settled(model), expected)
+    assert trainable_parameters(model) == {key: p for key, p in model.named_parameters() if p.requires_grad}
 
 
 # --- MACE's own tools -------------------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from mace.cli import convert_cueq_e3nn, convert_e3nn_cueq
 from runs import fork, write_inputs
 from tiny import batch, configurations, predict, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft import (
+    PeftConfig,
+    PeftError,
+    eject,
+    inject,
+    load_adapter,
+    save_adapter,
+    set_strength,
+    trainable_parameters,
+)
 from mace_peft.train.cuequivariance import accelerate, copy_trained
 
 pytestmark = pytest.mark.usefixtures("double_precision", "uncompiled")
@@ -87,6 +96,16 @@ def test_what_it_learns_goes_back():
     torch.testing.assert_close(predict(model, configurations(2)), predict(other, configurations(2)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method, targets", [("elora+scales", "all"), ("gates", "all")])
+def test_a_strength_does_the_same_there(method, targets):
+    model = new(method, targets)
+    accelerated, full = on_cueq(model), predict(model, configurations(2))
+    expected = predict(set_strength(model, 0.5), configurations(2))
+    assert not torch.allclose(expected[1], full[1], rtol=1e-3)
+    torch.testing.assert_close(predict(set_strength(accelerated, 0.5), configurations(2)), expected, rtol=1e-10,
+                               atol=1e-12)
+
+
 def test_a_contraction_that_trains_along_is_refused():
     with pytest.raises(PeftError, match="weights_max trains along.*leave it out of train_also"):
         on_cueq(new("mmea", "products", train_also="products.0.symmetric_contractions.*"))
@@ -102,7 +121,7 @@ def test_a_base_that_mace_cannot_convert_is_refused():
 
 
 def test_gates_go_to_cuequivariance_with_the_model_and_back(tmp_path):
-    model = new("gates", "all")
+    model = set_strength(new("gates", "all"), 0.5)
     torch.save(model, tmp_path / "adapted.model")
     structures = configurations(2)
     for structure in structures:

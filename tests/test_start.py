@@ -216,6 +216,17 @@ def test_an_adapter_directory_is_no_foundation(refusal, trained, tmp_path):
     assert f"{file} is no adapter directory, for it is a file" in refusal(case, peft_adapter=file)
 
 
+def test_an_adapter_of_another_strength_trains_no_further(refusal, trained, tmp_path):
+    case = ("mmea", "products")
+    model = load_adapter(load(trained[case].folder / "foundation.model"), results(trained[case], case) / "run_adapter",
+                         strength=0.5)
+    save_adapter(model, tmp_path / "half")
+    torch.save(model, tmp_path / "half.model")
+    for name, source in (("peft_adapter", "half"), ("foundation_model", "half.model")):
+        line = refusal(case, peft="mmea", **{name: tmp_path / source})
+        assert f"{tmp_path / source} has the strength 0.5, and only one of strength 1 trains further" in line
+
+
 def test_an_alpha_that_follows_the_ranks_is_to_be_left_out():
     with pytest.raises(PeftError, match="16.0 differs from the None of the adapter in mine: leave it out"):
         settings_from(PeftConfig("elora", rank="auto"), {"alpha": 16.0}, "mine")
