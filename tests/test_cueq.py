@@ -96,16 +96,6 @@ def test_what_it_learns_goes_back():
     torch.testing.assert_close(predict(model, configurations(2)), predict(other, configurations(2)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method, targets", [("elora+scales", "all"), ("gates", "all")])
-def test_a_strength_does_the_same_there(method, targets):
-    model = new(method, targets)
-    accelerated, full = on_cueq(model), predict(model, configurations(2))
-    expected = predict(set_strength(model, 0.5), configurations(2))
-    assert not torch.allclose(expected[1], full[1], rtol=1e-3)
-    torch.testing.assert_close(predict(set_strength(accelerated, 0.5), configurations(2)), expected, rtol=1e-10,
-                               atol=1e-12)
-
-
 def test_a_contraction_that_trains_along_is_refused():
     with pytest.raises(PeftError, match="weights_max trains along.*leave it out of train_also"):
         on_cueq(new("mmea", "products", train_also="products.0.symmetric_contractions.*"))
