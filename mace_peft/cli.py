@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--structures", metavar="FILE", required=True, help="structures with labels, in a format ASE "
                           "reads")
     evaluate.add_argument("--plot", metavar="FILE", help="also draw predictions over labels, to a file such as a.png")
+    evaluate.add_argument("--strengths", metavar="AWAY", nargs="?", const="", help="errors at strengths of one adapter "
+                          "from 0 to 1 instead; also on this file, of the foundation's own data, if one is given")
     for name in ("energy", "forces", "stress"):
         evaluate.add_argument(f"--{name}_key", metavar="KEY", help=f"default: REF_{name}")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")

@@ -16,6 +16,8 @@ from mace_peft import PeftConfig, PeftError, calculator, inject, save_adapter
 from mace_peft.backbones.foundation import rebuild
 from mace_peft.inspect.compare import compare
 from mace_peft.inspect.evaluate import draw, evaluate
+from mace_peft.inspect.strengths import compare_strengths
+from mace_peft.inspect.strengths import draw as draw_over_strength
 from mace_peft.model.adapted import fingerprint
 
 FOUNDATION = "foundation.model"
@@ -195,3 +197,58 @@ def test_the_figure_has_each_prediction_over_its_label_and_all_texts_inside():
         extent = text.get_window_extent()
         assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1, text
         assert figure.bbox.y0 <= extent.y0 < extent.y1 <= figure.bbox.y1, text
+
+
+# --- over the strength ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def away(folder):
+    """A second file, of which some structures are those of the first."""
+    ase.io.write(folder / "away.xyz", ase.io.read(folder / "labelled.xyz", "2:"))
+    return "away.xyz"
+
+
+def test_errors_at_strengths_are_those_of_the_calculators(away):
+    """Energies with the E0s of the run, and those of the second file with those of the foundation."""
+    text = evaluate(FOUNDATION, ["mmea"], "labelled.xyz", strengths=away)
+    first, second = text.split("Errors on ")[1:]
+    assert first.startswith("labelled.xyz, with the E0s of mmea (6 energies")
+    assert second.startswith(f"away.xyz, with the E0s of {FOUNDATION} (5 energies") and "| strength |" in second
+    own = foundation_with().models[0].atomic_energies_fn.atomic_energies.flatten()[[0, 1, 3]]
+    for path, said, E0s in (("labelled.xyz", first, torch.tensor(E0S)), (away, second, own)):
+        found = read_table(said)
+        assert list(found) == ["0", "0.25", "0.5", "0.75", "1"]
+        for strength in (0, 0.25, 1):
+            calc = calculator(FOUNDATION, "mmea", strength=strength)
+            calc.models[0].atomic_energies_fn.atomic_energies[:] = E0s
+            assert found[f"{strength:g}"] == pytest.approx(plain_errors(calc, path), abs=6e-6)
+    assert read_table(first)["0"] == read_table(evaluate(FOUNDATION, ["mmea"], "labelled.xyz"))[
+        f"{FOUNDATION}, E0s of mmea"]
+    assert evaluate(FOUNDATION, ["mmea"], "labelled.xyz", strengths="") == text[:text.index("\nErrors on away.xyz")]
+
+
+def test_the_figure_has_the_errors_over_the_strength(away, folder):
+    curves = compare_strengths(FOUNDATION, ["elora"], "labelled.xyz", away)
+    figure = draw_over_strength(curves)
+    for axes, name in zip(figure.axes, ("energy", "forces", "stress"), strict=True):
+        for line, (_, labels, predictions) in zip(axes.lines, curves, strict=True):
+            errors = [1000 * np.sqrt(((found[name] - labels[name])**2).mean()) for _, found in predictions]
+            assert line.get_xdata() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+            assert line.get_ydata() == pytest.approx(errors)
+    assert evaluate(FOUNDATION, ["elora"], "labelled.xyz", plot="curve.png", strengths="").endswith("\nWrote curve.png")
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("adapters, options, words", [
+    ([], {"strengths": ""}, "--strengths is of one adapter, and 0 are given"),
+    (["elora", "mmea"], {"strengths": ""}, "--strengths is of one adapter, and 2 are given"),
+    (["elora"], {"strengths": "nowhere.xyz"}, "nowhere.xyz does not exist"),
+    (["elora"], {"strengths": "away.png", "plot": "away.png"}, "would change away.png, which was given"),
+])
+def test_strengths_that_cannot_be_evaluated_are_one_line(adapters, options, words, monkeypatch):
+    ase.io.write("away.png", configurations(1), format="extxyz")
+    monkeypatch.setattr("mace_peft.inspect.compare.predict", None)  # nothing is computed
+    with pytest.raises(PeftError) as error:
+        evaluate(FOUNDATION, adapters, "labelled.xyz", **options)
+    assert words in str(error.value) and "\n" not in str(error.value)

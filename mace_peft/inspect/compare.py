@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,26 +25,48 @@ from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line
 from mace_peft.labels import check_labelled, check_states, from_atoms, has, is_weighed, keys_of, label_keys, read
 from mace_peft.model.inject import eject
 
-COMPARED = ("energy", "forces", "stress")
 Values = dict[str, np.ndarray]  # by label: energies per atom (n), forces (atoms, 3), stress (n, 3, 3)
 
 
-def compare(foundation: str, adapters: Sequence[str | os.PathLike], structures: str, *, energy_key: str | None = None,
-            forces_key: str | None = None, stress_key: str | None = None, device: str = "cpu",
-            default_dtype: str | None = None, batch_size: int = 10, head: str | None = None
+class Quantity(NamedTuple):
+    """What a label is called: in the table, where they are counted, and its unit."""
+
+    short: str
+    counted: str
+    unit: str
+
+
+QUANTITIES = {"energy": Quantity("E", "energies", "eV/atom"), "forces": Quantity("F", "forces on atoms", "eV/A"),
+              "stress": Quantity("stress", "stresses", "eV/A^3")}
+
+
+def compare(foundation: str, adapters: Sequence[str | os.PathLike], structures: str, **options
             ) -> tuple[Values, list[tuple[str, Values]]]:
     """The labels, and the predictions of each model by its name: eV/atom, eV/A and eV/A^3, of structures that have the
     label.
 
     foundation: the file of a MACE model, or a name that MACE knows. With adapters it predicts with their E0s, scale and
     shift, as each run started from it, since the energies of another level of theory would be far off; without, as it
-    is. structures: a file that ASE reads. The keys are those of the file, by default MACE's REF_energy, REF_forces and
-    REF_stress. default_dtype: that of each adapter's training unless given. head: the one that predicts, where there
-    are several. Shows its progress on a terminal.
+    is. structures: a file that ASE reads. options: those of ``prepare``. Shows its progress on a terminal.
 
-    Raises PeftError, before anything is computed, if a file cannot be read, holds no labels or is of another kind,
-    where ``load_adapter`` does, and for elements, heads or a device that are not there; and for a prediction of NaN or
-    infinity.
+    Raises PeftError where ``prepare`` does, before anything is computed; and for a prediction of NaN or infinity.
+    """
+    return prepare(foundation, adapters, structures, **options)()
+
+
+def prepare(foundation: str, adapters: Sequence[str | os.PathLike], structures: str, *, energy_key: str | None = None,
+            forces_key: str | None = None, stress_key: str | None = None, device: str = "cpu",
+            default_dtype: str | None = None, batch_size: int = 10, head: str | None = None,
+            models: Callable[..., Iterator[tuple[str, nn.Module]]] | None = None
+            ) -> Callable[[], tuple[Values, list[tuple[str, Values]]]]:
+    """The function that does what ``compare`` is to do, once all that is given has been checked.
+
+    The keys are those of the file, by default MACE's REF_energy, REF_forces and REF_stress. default_dtype: that of each
+    adapter's training unless given. head: the one that predicts, where there are several. models: makes those that
+    predict with the adapters, in the place of ``models_of``.
+
+    Raises PeftError if a file cannot be read, holds no labels or is of another kind, where ``load_adapter`` does, and
+    for elements, heads or a device that are not there.
     """
     check_order(foundation, adapters)
     if default_dtype is not None:
@@ -60,15 +84,21 @@ def compare(foundation: str, adapters: Sequence[str | os.PathLike], structures: 
     if default_dtype is not None:
         loaded = loaded.to(getattr(torch, default_dtype))
     dtypes = {adapter: default_dtype or description["dtype"] for adapter, description in descriptions.items()}
-    named = models_of(foundation, loaded, dtypes, numbers) if adapters else [(foundation, loaded)]
-    models = [(name, model, choose_head(name, model, head)) for name, model in named]
-    labels = {name: values for name in COMPARED if len(values := labels_of(labelled, name))}
-    total = len(models) * math.ceil(len(labelled) / batch_size)
+    named = (models or models_of)(foundation, loaded, dtypes, numbers) if adapters else [(foundation, loaded)]
+    headed = [(name, model, choose_head(name, model, head)) for name, model in named]
+    labels = {name: values for name in QUANTITIES if len(values := labels_of(labelled, name))}
+    return functools.partial(predict_all, headed, labelled, labels, device, batch_size)
+
+
+def predict_all(headed: list[tuple[str, nn.Module, str]], labelled: list[Configuration], labels: Values, device: str,
+                batch_size: int) -> tuple[Values, list[tuple[str, Values]]]:
+    """The labels, and the predictions of these models, which have names and heads."""
+    total = len(headed) * math.ceil(len(labelled) / batch_size)
     with tqdm(total=total, desc="evaluate", unit="batch", disable=None) as progress:
         predictions = []
-        for name, model, own in models:
-            headed = [dataclasses.replace(configuration, head=own) for configuration in labelled]
-            predictions.append((name, predict(name, model.to(device), headed, labels, batch_size, progress)))
+        for name, model, head in headed:
+            of_head = [dataclasses.replace(configuration, head=head) for configuration in labelled]
+            predictions.append((name, predict(name, model.to(device), of_head, labels, batch_size, progress)))
             model.to("cpu")
     return labels, predictions
 

@@ -1,11 +1,11 @@
 """``mace_peft evaluate``: the errors of a foundation and of adapters as a table, and as a figure."""
 
+import functools
 import io
 import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from mace.tools import compute_mae, compute_rmse
 from matplotlib import rc_context
@@ -15,52 +15,54 @@ from prettytable import PrettyTable
 
 from mace_peft.errors import PeftError, printable
 from mace_peft.files import REMEDY, check_regular, write_complete
-from mace_peft.inspect.compare import Values, compare
+from mace_peft.inspect import strengths as over_strength
+from mace_peft.inspect.compare import QUANTITIES, Values, compare
 from mace_peft.inspect.figures import STYLE
 
 
-class Quantity(NamedTuple):
-    """What a label is called: in the table, where they are counted, and its unit."""
-
-    short: str
-    counted: str
-    unit: str
-
-
-QUANTITIES = {"energy": Quantity("E", "energies", "eV/atom"), "forces": Quantity("F", "forces on atoms", "eV/A"),
-              "stress": Quantity("stress", "stresses", "eV/A^3")}
-
-
-def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: str | None = None, **options) -> str:
+def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: str | None = None,
+             strengths: str | None = None, **options) -> str:
     """The errors of the predictions of ``compare`` as text: a row per model, with MAE and RMSE of the energies per atom
     (meV/atom), the forces (meV/A), and of stresses (meV/A^3) where the file has them.
 
-    plot: a figure to write, of predictions over labels. options: those of ``compare``.
+    plot: a figure to write, of predictions over labels. strengths: not None asks for a row per strength of the adapter
+    in the place of that, and a figure of errors over the strength; it may name a second file, see
+    ``compare_strengths``. options: those of ``compare``.
 
     Raises PeftError where ``compare`` does, and before that for a figure that cannot be written.
     """
     if plot is not None:
-        check_figure(plot, [foundation, structures, *adapters])
-    labels, predictions = compare(foundation, adapters, structures, **options)
-    counts = ", ".join(f"{len(values):,} {QUANTITIES[name].counted}" for name, values in labels.items())
-    said = f"Errors on {printable(structures)} ({counts})\n{table(labels, predictions)}"
+        check_figure(plot, [foundation, structures, *filter(None, [strengths]), *adapters])
+    if strengths is None:
+        labels, predictions = compare(foundation, adapters, structures, **options)
+        said, figure = errors("model", structures, labels, predictions), lambda: draw(labels, predictions)
+    else:
+        curves = over_strength.compare_strengths(foundation, adapters, structures, strengths, **options)
+        said = "\n".join(errors("strength", *curve) for curve in curves)
+        figure = functools.partial(over_strength.draw, curves)
     if plot is None:
         return said
     content = io.BytesIO()
-    draw(labels, predictions).savefig(content, format=file_format(plot))
+    figure().savefig(content, format=file_format(plot))
     write_complete(plot, content.getbuffer(), remedy=REMEDY)
     return f"{said}\nWrote {printable(plot)}"
 
 
-def table(labels: Values, predictions: list[tuple[str, Values]]) -> PrettyTable:
+def errors(row: str, what: str, labels: Values, predictions: list[tuple[str, Values]]) -> str:
+    """A line and the table of the errors on what is named so, with that title of its rows."""
+    counts = ", ".join(f"{len(values):,} {QUANTITIES[name].counted}" for name, values in labels.items())
+    return f"Errors on {printable(what)} ({counts})\n{table(row, labels, predictions)}"
+
+
+def table(row: str, labels: Values, predictions: list[tuple[str, Values]]) -> PrettyTable:
     quantities = [QUANTITIES[name] for name in labels]
-    rows = PrettyTable(["model", *(f"{quantity.short} {error} (m{quantity.unit})" for quantity in quantities
+    rows = PrettyTable([row, *(f"{quantity.short} {error} (m{quantity.unit})" for quantity in quantities
                                    for error in ("MAE", "RMSE"))], align="r")
-    rows.align["model"] = "l"
+    rows.align[row] = "l"
     for model, predicted in predictions:
-        errors = [compute(predicted[name] - label) for name, label in labels.items()
-                  for compute in (compute_mae, compute_rmse)]
-        rows.add_row([printable(model), *(f"{1000 * error:,.2f}" for error in errors)])
+        found = [compute(predicted[name] - label) for name, label in labels.items()
+                 for compute in (compute_mae, compute_rmse)]
+        rows.add_row([printable(model), *(f"{1000 * error:,.2f}" for error in found)])
     return rows
 
 
