@@ -141,6 +141,14 @@ def test_evaluate_prints_a_table_and_draws(command, folder):
     assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_strength_is_exported_and_evaluated(command, folder):
+    command("export", FOUNDATION, "mmea", "half.model", "--strength", "0.5")
+    assert torch.load(folder / "half.model", weights_only=False).peft_strength == 0.5
+    for name in ("--strengths", "--strengths=water.xyz"):
+        said = command("evaluate", FOUNDATION, "mmea", "--structures", "water.xyz", name)
+        assert said.count("| 0.25 ") == 1 + ("=" in name)
+
+
 def test_the_version(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         command("--version")
@@ -201,6 +209,7 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
     (["plot", "scales", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["no effect on scales"]),
     (["evaluate", "mmea", FOUNDATION, "--structures", "water.xyz"], ["mmea is a directory", "comes first"]),
     (["evaluate", FOUNDATION, "mmea", "--structures", "water.xyz", "--plot", "no/a.png"], ["no is no directory"]),
+    (["export", FOUNDATION, "mmea", "out.model", "--strength", "2"], ["--strength 2.0 is not allowed: use a number from"]),
 ], ids=" ".join)
 def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
     before = {path.name for path in folder.iterdir()}
