@@ -27,6 +27,7 @@ from mace_peft.files import REMEDY, write_complete
 from mace_peft.inspect.gain_ranges import Guard
 from mace_peft.model.adapted import SWITCHED_OFF, is_adapted
 from mace_peft.model.inject import fold, settle_isolated_atoms
+from mace_peft.model.strength import check_strength
 
 
 class AdaptedCalculator(MACECalculator):
@@ -115,6 +116,8 @@ def deployable(
     description, _ = read_sizes(adapter)
     dtype = dtype or description["dtype"]
     check_choice("default_dtype", dtype, ("float32", "float64"))
+    if strength is not None:
+        check_strength(strength)
     model = copy.deepcopy(foundation) if isinstance(foundation, nn.Module) else load_foundation(str(foundation), dtype)
     # the dtype first: what narrows the elements divides weights
     return settle_isolated_atoms(fold(load_adapter(model.to(getattr(torch, dtype)), adapter, strength)).eval())

@@ -209,7 +209,7 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
     (["plot", "scales", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["no effect on scales"]),
     (["evaluate", "mmea", FOUNDATION, "--structures", "water.xyz"], ["mmea is a directory", "comes first"]),
     (["evaluate", FOUNDATION, "mmea", "--structures", "water.xyz", "--plot", "no/a.png"], ["no is no directory"]),
-    (["export", FOUNDATION, "mmea", "out.model", "--strength", "2"], ["--strength 2.0 is not allowed: use a number from"]),
+    (["export", FOUNDATION, "mmea", "out.model", "--strength", "2"], ["--strength 2.0 is not allowed: use a number"]),
 ], ids=" ".join)
 def test_what_cannot_be_done_is_one_line(refusal, folder, arguments, words):
     before = {path.name for path in folder.iterdir()}
