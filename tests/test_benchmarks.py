@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_mace
+from tiny import assert_close, configurations, predict, randomise, tiny_mace
+
+from mace_peft import PeftConfig, inject
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.since("0.3.15"), pytest.mark.usefixtures("double_precision")]  # MACE's own --lora
@@ -71,3 +73,25 @@ def test_every_variant_trains_what_it_says(benchmarks, placement):
     adapters = trained[f"mmea {placement}"]
     assert len(adapters.ema.shadow_params) == len(adapters.trained)
     assert all(parameter.shape == torch.Size([]) for parameter in trained[f"floor {placement}"].trained)
+
+
+def test_intruders_are_the_directions_that_the_foundation_lacks(monkeypatch):
+    """A direction of the update that is orthogonal to all others is one; scaled to nothing, it is gone."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    intruders = importlib.import_module("intruders")
+    axes = torch.eye(6)
+    before = 3 * torch.outer(axes[0], axes[0]) + 2 * torch.outer(axes[1], axes[1])
+    after = before + 2.5 * torch.outer(axes[4], axes[3])
+    assert intruders.intruders(before, after, 3, 0.5) == [1]  # the second largest
+    torch.testing.assert_close(intruders.softened(after, [1], 0.0), before, rtol=0, atol=1e-12)
+    assert intruders.intruders(before, before, 2, 0.5) == []
+
+    adapted = randomise(inject(tiny_mace(), PeftConfig("elora+scales", rank=2)))
+    expected = predict(adapted, configurations(1))
+    model, counts = intruders.soften(adapted, 0.9, 1.0)
+    assert sum(counts.values()) > 0
+    assert_close(predict(model, configurations(1)), expected)
+    model, _ = intruders.soften(adapted, 0.9, 0.5)
+    assert (predict(model, configurations(1))[1] - expected[1]).norm() > 1e-3 * expected[1].norm()
+    for name in ("intruders", "errors", "environment"):
+        sys.modules.pop(name, None)

@@ -35,7 +35,8 @@ def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: st
         check_figure(plot, [foundation, structures, *filter(None, [strengths]), *adapters])
     if strengths is None:
         labels, predictions = compare(foundation, adapters, structures, **options)
-        said, figure = errors("model", structures, labels, predictions), lambda: draw(labels, predictions)
+        said = errors("model", structures, labels, predictions)
+        figure = functools.partial(draw, labels, predictions)
     else:
         curves = over_strength.compare_strengths(foundation, adapters, structures, strengths, **options)
         said = "\n".join(errors("strength", *curve) for curve in curves)
