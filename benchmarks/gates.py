@@ -168,7 +168,7 @@ def run(cell: dict, args) -> dict:
     config = PeftConfig("mmea", targets=cell["targets"], gate="exp")
     names, structures = abroad(args, testing)
     of_base = away.largest_forces(predict(base, structures, "cpu")[1], structures)
-    with replaced(MMEA, "coefficients", lambda gate, x: form.coefficients(gate, x)):
+    with replaced(MMEA, "coefficients", lambda gate, x, strength: form.coefficients(gate, x)):
         inject(model, config)
         began = time.process_time()
         train(model, training, cell["lr"])
