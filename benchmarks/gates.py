@@ -32,7 +32,7 @@ from mace.tools import torch_geometric
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mace_peft import PeftConfig, inject, trainable_parameters
+from mace_peft import PeftConfig, inject
 from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.fast.messages import fast_messages
 from mace_peft.methods import MMEA
@@ -82,11 +82,18 @@ FORMS = {
 }
 
 
+# what has no gates, beside them: settings, and the learning rate that is best for it in docs/results/settings.md
+UNGATED = {"ELoRA": (PeftConfig("elora"), 0.01), "scales": (PeftConfig("scales"), 0.02), "full": (None, 0.005)}
+
+
 def cells() -> list[dict]:
     """The rates first, on ethanol; then the other sets at each form's best; then a second seed."""
-    return [{"data": name, "form": form, "targets": targets, "lr": lr, "seed": seed}
-            for seed, name, lr, targets, form in itertools.product(
-                (1, 2), SETS, (0.005, 0.02), ("published", "products"), FORMS)]
+    gated = [{"data": name, "form": form, "targets": targets, "lr": lr, "seed": seed}
+             for seed, name, lr, targets, form in itertools.product(
+                 (1, 2), SETS, (0.005, 0.02), ("published", "products"), FORMS)]
+    return gated + [{"data": name, "form": method, "targets": config.targets if config else "all parameters", "lr": lr,
+                     "seed": seed} for seed, name, (method, (config, lr)) in itertools.product(
+                         (1, 2), SETS, UNGATED.items())]
 
 
 def key(cell: dict) -> str:
@@ -113,7 +120,7 @@ def fit_E0s(model: torch.nn.Module, structures: list[Atoms]) -> torch.nn.Module:
 
 
 def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
-    learnt = list(trainable_parameters(model).values())
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     loss = modules.WeightedEnergyForcesLoss(energy_weight=1, forces_weight=1000)
@@ -153,7 +160,7 @@ class Gains:
 
     @property
     def range(self) -> list[float]:
-        return [float(f"{value:.4g}") for value in (min(self.seen), max(self.seen))]
+        return [rounded(value) for value in (min(self.seen, default=1.0), max(self.seen, default=1.0))]
 
 
 def run(cell: dict, args) -> dict:
@@ -164,16 +171,17 @@ def run(cell: dict, args) -> dict:
     torch.set_default_dtype(torch.float32)
     model, base = (fit_E0s(torch.load(args.foundation, weights_only=False), training) for _ in range(2))
     torch.manual_seed(cell["seed"])
-    form = FORMS[cell["form"]]
-    config = PeftConfig("mmea", targets=cell["targets"], gate="exp")
+    form = FORMS.get(cell["form"])
+    config = PeftConfig("mmea", targets=cell["targets"], gate="exp") if form else UNGATED[cell["form"]][0]
     names, structures = abroad(args, testing)
     of_base = away.largest_forces(predict(base, structures, "cpu")[1], structures)
     with replaced(MMEA, "coefficients", lambda gate, x, strength: form.coefficients(gate, x)):
-        inject(model, config)
+        if config is not None:
+            inject(model, config)
         began = time.process_time()
         train(model, training, cell["lr"])
         seconds = time.process_time() - began
-        if form.vanishing:  # what leaves isolated atoms alone cannot shift energies by a bias: E0s train along
+        if config is not None and (form is None or form.vanishing):  # nothing shifts isolated atoms: E0s train along
             fit_E0s(model, training)
         with Gains(model) as home:
             energies, forces = predict(model, testing, "cpu")
