@@ -26,7 +26,16 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "mace":
+            raise
+        from mace_peft.errors import PeftError
+
+        raise PeftError(f"{name} is for MACE models and needs mace-torch, which is not installed: pip install "
+                        "mace-torch; of a SevenNet, load_adapter gives what SevenNetCalculator takes") from None
+    return getattr(module, name)
 
 
 def __dir__():

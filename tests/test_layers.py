@@ -22,7 +22,7 @@ LAYERS = [
     ("adapter", "fast"),
     ("inspect",),
     ("train",),
-    ("deploy",),
+    ("deploy", "sevennet"),
     ("cli", "run_train"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -79,7 +79,7 @@ def test_e3nn_is_imported_in_one_place():
 
 def test_the_core_imports_without_mace():
     core = [name for name in MODULES if part_of(f"{name}.") in ("methods", "config", "backbones", "model", "adapter")
-            and name.rpartition(".")[2] not in ("mace", "foundation", "batches")]
+            and name.rpartition(".")[2] not in ("mace", "foundation", "batches", "sevennet")]
     core += ["mace_peft.blocks.e3nn", "mace_peft.inspect.spectra"]
     code = f"import sys; sys.path[:] = {sys.path!r}; sys.modules['mace'] = None; import {', '.join(core)}"
     subprocess.run([sys.executable, "-S", "-c", code], check=True)

@@ -83,7 +83,7 @@ OPTIONAL = {"strength", "training"}  # it is 1; no run has saved the adapter
 
 def versions() -> dict[str, str]:
     """Of the packages on which an adapter depends."""
-    packages = [mace_peft, sys.modules.get("mace"), e3nn, torch]
+    packages = [mace_peft, sys.modules.get("mace"), sys.modules.get("sevenn"), e3nn, torch]
     return {one.__name__.removeprefix("mace_peft."): str(one.__version__) for one in packages if one}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mace_peft.adapter.directory import read_adapter
-from mace_peft.backbones import backbone_of
+from mace_peft.backbones import backbone_of, load_foundation
 from mace_peft.errors import PeftError, one_line
 from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import inject, take_adapters_out
@@ -25,7 +25,8 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
 
     strength: see ``set_strength``; by default that with which the adapter was saved, which is 1 after a run.
 
-    Of a MACE model, its file or a name that MACE knows will do, which is loaded on the CPU in its own dtype.
+    Of a MACE model or a SevenNet, its file or a name that MACE or sevenn knows will do, which is loaded on the CPU in
+    its own dtype.
     The foundation may have another dtype or device than in training. It takes the elements and heads that the adapter
     was trained for, as ``mace_run_train`` narrowed them: load another adapter, of other elements, onto the foundation's
     file. What has an adapter already swaps it for this one. An optimizer or a moving average that holds the parameters
@@ -37,13 +38,14 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
     """
     if strength is not None:
         check_strength(strength)
-    if isinstance(foundation, (str, os.PathLike)):
-        from mace_peft.backbones.foundation import load_foundation  # which needs mace-torch
-
-        foundation = load_foundation(os.fspath(foundation))
-    backbone = backbone_of(foundation)
-    check_switched_on(foundation)
+    named = isinstance(foundation, (str, os.PathLike))
+    if not named:
+        backbone_of(foundation)  # raises for what is no model
+        check_switched_on(foundation)
     config, description, tensors = read_adapter(directory)
+    if named:
+        foundation = load_foundation(os.fspath(foundation), description["backbone"])
+    backbone = backbone_of(foundation)
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
     if held != source["fingerprint"]:

@@ -15,11 +15,13 @@ class Backbone:
     """What the package asks about a model. These answers are those of any stack of e3nn's layers.
 
     operations: what its modules are to the methods. placements: the roles of the operations that a placement means.
+    pattern: an example of a glob pattern, for errors.
     """
 
     name = "e3nn"
     operations: Operations = e3nn.OPERATIONS
     placements: Mapping[str, set[str]] = {"linears": LINEARS, "published": PUBLISHED, "all": PUBLISHED}
+    pattern = "*.linear"
 
     def fits(self, model: nn.Module) -> bool:
         return any(operation_of(module, self.operations) for module in model.modules())

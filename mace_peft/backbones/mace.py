@@ -22,6 +22,7 @@ class Mace(Backbone):
     operations = mace.OPERATIONS
     placements = {"products": {"product", "energies"}, "linears": LINEARS, "published": OF_MACE,
                   "all": OF_MACE | {"convolution"}}
+    pattern = "interactions.*.linear"
 
     def fits(self, model: nn.Module) -> bool:
         return any(isinstance(module, (EquivariantProductBasisBlock, InteractionBlock)) for module in model.modules())

@@ -18,7 +18,10 @@ from mace_peft.blocks.adapted import Adapted
 from mace_peft.errors import PeftError, one_line
 
 # what a prediction does not depend on, though a model has it: what this package adds, apart
-WITHOUT_EFFECT = {*vars(nn.Module()), "lammps_mliap", "_prof_str", "_profiling_str"}
+WITHOUT_EFFECT = {*vars(nn.Module()), "lammps_mliap", "_prof_str", "_profiling_str"} | {
+    # of SevenNet: in which form data come, what is put out, and what the reader of old checkpoints drops
+    "is_batch_data", "_is_batch_data", "eval_type_map", "eval_modal_map", "use_atomic_virial",
+    "_instructions_before_sort"}
 COMPILED = (torch.jit.ScriptModule, torch.fx.GraphModule)  # the code of a module, whose attributes say what it is
 IGNORED = (type(None), torch.dtype, torch.device)
 NUMBERS = {"b": bool, "i": np.int64, "u": np.int64, "f": np.float64, "c": np.complex128}  # by the kind of an array
@@ -44,7 +47,9 @@ def digest(model: nn.Module, originals: Mapping[str, torch.Tensor]) -> str:
 
     for name, module in sorted(modules.items()):
         held = {**module._parameters, **module._buffers}
-        if not isinstance(module, COMPILED):
+        if isinstance(module, COMPILED):  # torch.fx keeps constants of the code as buffers in copies alone
+            held = {key: value for key, value in held.items() if not key.startswith("_tensor_constant")}
+        else:
             held |= attributes(module)
             inside = [key for key, child in module._modules.items()
                       if id(child) in known and not isinstance(child, COMPILED)]

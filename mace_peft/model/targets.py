@@ -92,15 +92,23 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
                 raise PeftError(no_match(model, pattern, config, backbone, list(adaptable)))
             found |= matched
     targets = gate_where_received(model, {name: adaptable[name] for name in found}, backbone)
-    targets |= {name: Target(operations[name], Full) for name in trained_E0s(operations, config) if name not in targets}
+    targets |= {name: Target(operations[name], Full) for name in trained_E0s(model, config) if name not in targets}
     targets = {name: targets[name] for name in operations if name in targets}
     return targets if config.rank_pattern is None else with_chosen_ranks(targets, config)
 
 
-def trained_E0s(operations: dict[str, Operation | None], config: PeftConfig) -> list[str]:
-    """The blocks of E0s whose E0s ``train_also`` names: they take a shift, for they are no parameters."""
-    return [name for name, operation in operations.items() if operation and operation.role == "energies"
-            and any(fnmatchcase(f"{name}.atomic_energies", pattern) for pattern in split_patterns(config.train_also))]
+def trained_E0s(model: nn.Module, config: PeftConfig) -> set[str]:
+    """The blocks of E0s whose E0s ``train_also`` names: they take a shift."""
+    return {block for name, block in blocks_of_E0s(model).items()
+            if any(fnmatchcase(name, pattern) for pattern in split_patterns(config.train_also))}
+
+
+def blocks_of_E0s(model: nn.Module) -> dict[str, str]:
+    """The block that has them by the name of the tensor of E0s: a buffer of MACE, a parameter of SevenNet."""
+    operations = backbone_of(model).operations
+    blocks = [(name, module, operation_of(module, operations)) for name, module in model.named_modules() if name]
+    return {f"{name}.{part.weight}": name for name, module, operation in blocks
+            if operation and operation.role == "energies" for part in operation.parts(module)}
 
 
 def with_chosen_ranks(targets: dict[str, Target], config: PeftConfig) -> dict[str, Target]:
@@ -149,7 +157,7 @@ def no_match(model: nn.Module, pattern: str, config: PeftConfig, backbone: Backb
     names = list(dict.fromkeys(unit(model, name) for name in adaptable))
     hint = did_you_mean(pattern, [*backbone.placements, *names])
     return (f"<targets> {pattern!r:.200} matches no module that {config.method} can adapt{hint}: use "
-            f"{', '.join(backbone.placements)}, or glob patterns over module names such as 'interactions.*.linear'; "
+            f"{', '.join(backbone.placements)}, or glob patterns over module names such as {backbone.pattern!r}; "
             f"this model has {', '.join(names)}")
 
 
@@ -169,12 +177,11 @@ def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
 
     Raises PeftError for a pattern that matches none.
     """
+    wanted, E0s = split_patterns(patterns), blocks_of_E0s(model)
     # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
-    names = [name for name, parameter in model.named_parameters() if parameter.numel()]
-    wanted = split_patterns(patterns)
-    E0s = [name for name, _ in model.named_buffers() if name.endswith(".atomic_energies")]
+    names = [name for name, parameter in model.named_parameters() if parameter.numel() and name not in E0s]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in (*names, *E0s)):
             raise PeftError(f"<train_also> {pattern!r:.200} matches no parameter of the model"
-                            f"{did_you_mean(pattern, names)}: use glob patterns such as 'readouts.*'")
+                            f"{did_you_mean(pattern, [*names, *E0s])}: use glob patterns such as 'readouts.*'")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
