@@ -26,15 +26,10 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    try:
-        module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
-    except ModuleNotFoundError as error:
-        if error.name != "mace":
-            raise
-        from mace_peft.errors import PeftError
+    from mace_peft.errors import needs_mace
 
-        raise PeftError(f"{name} is for MACE models and needs mace-torch, which is not installed: pip install "
-                        "mace-torch; of a SevenNet, load_adapter gives what SevenNetCalculator takes") from None
+    with needs_mace(name):
+        module = importlib.import_module(f"{__name__}.{_PUBLIC[name]}")
     return getattr(module, name)
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 
 from mace_peft import __version__
-from mace_peft.errors import PeftError, one_line, printable
+from mace_peft.errors import PeftError, needs_mace, one_line, printable
 
 FORMATS = ("model", "torchscript", "lammps", "lammps-mliap")
 
@@ -17,8 +17,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     args = vars(build_parser().parse_args())
     module, name = args.pop("runs")
-    try:  # imported now: --help and errors in the options come at once
-        result = getattr(importlib.import_module(module), name)(**args)
+    try:
+        with needs_mace(f"mace_peft {name}"):  # imported now: --help and errors in the options come at once
+            result = getattr(importlib.import_module(module), name)(**args)
     except (PeftError, OSError) as error:
         error = error if isinstance(error, PeftError) else PeftError(one_line(error))
         print(f"mace_peft: error: {error.on_command_line()}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """PeftError, the one error that users see, and what its texts are made of."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # settings, and the options of mace_run_train and mace_peft that they are
 OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern", "strength": "--strength"} | {
@@ -46,3 +47,15 @@ def check_choice(setting: str, value: object, choices: Iterable[str]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise PeftError(f"{setting} {value!r} is unknown{hint}: use {' or '.join(choices)}")
+
+
+@contextlib.contextmanager
+def needs_mace(what: str) -> Iterator[None]:
+    """Raise PeftError if the block imports mace-torch where it is not installed, as beside SevenNet."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "mace":
+            raise
+        raise PeftError(f"{what} is for MACE models and needs mace-torch, which is not installed: use an environment "
+                        "that has it, and for a SevenNet load_adapter and SevenNetCalculator") from None

@@ -29,8 +29,18 @@ from sevenn.train.dataload import unlabeled_atoms_to_graph
 from sevenn.util import chemical_species_preprocess, load_checkpoint
 
 import mace_peft
-from mace_peft import PeftConfig, PeftError, disable_adapter, eject, inject, load_adapter, merge, save_adapter
-from mace_peft.backbones import backbone_of
+from mace_peft import (
+    PeftConfig,
+    PeftError,
+    backbones,
+    disable_adapter,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mace_peft.inspect.info import info
 from mace_peft.model.adapted import fingerprint
 from mace_peft.sevennet import load_foundation, save_checkpoint, save_torchscript
 
@@ -108,6 +118,8 @@ def test_mace_is_not_here():
     assert "mace" not in sys.modules
     with pytest.raises(PeftError, match="calculator is for MACE models and needs mace-torch, which is not installed"):
         _ = mace_peft.calculator
+    with pytest.raises(PeftError, match="a.model cannot be loaded, for a model of the kind mace needs the package"):
+        backbones.load_foundation("a.model", "mace")
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -116,7 +128,7 @@ def test_inject_train_save_load_merge_and_switch_off(foundation, case, tmp_path)
     model = load_foundation(foundation)
     plain, keys = predict(model), model.state_dict().keys()
     inject(model, settings(method, targets))
-    assert backbone_of(model).name == "sevennet"
+    assert backbones.backbone_of(model).name == "sevennet"
     same(predict(model), plain, 1e-6)
     learnt = predict(trained(model))
 
@@ -129,6 +141,7 @@ def test_inject_train_save_load_merge_and_switch_off(foundation, case, tmp_path)
     adapter = save_adapter(model, tmp_path / "adapter")
     for start in (foundation, load_foundation(foundation), copy.deepcopy(load_foundation(foundation))):
         same(predict(load_adapter(start, adapter)), learnt, 1e-6)
+    assert f"method       {method}" in info(adapter)
     card = (Path(adapter) / "README.md").read_text()
     assert "A fine-tuned SevenNet model" in card and "SevenNetCalculator(model" in card
 
@@ -306,7 +319,7 @@ def test_the_recipe_trains_adapters_alone(foundation, tmp_path, monkeypatch):
     (["--peft", "mmea"], {}, "the gates of mmea depend on each atom's surroundings.*use elora"),
     (["--peft_targets", "products"], {}, "--peft_targets 'products' matches no module"),
     (["--peft", "nothing"], {}, "--peft 'nothing' is unknown"),
-    (["--peft", "elora"], {"reset_optimizer": False}, "set reset_optimizer and reset_scheduler to True under continue"),
+    (["--peft", "elora"], {"reset_optimizer": False}, ".*set reset_optimizer and reset_scheduler to True under cont"),
 ], ids=["gates", "products", "method", "optimizer"])
 def test_the_recipe_refuses_before_it_trains(foundation, tmp_path, monkeypatch, options, start, words):
     with pytest.raises(SystemExit, match=f"train.py: error: {words}"):

@@ -122,6 +122,8 @@ def test_inject_train_save_load_merge_and_switch_off(case, tmp_path):
     file.seek(0)
     same(torch.load(file, weights_only=False)(positions()), trained)
     same(load_adapter(base(), save_adapter(model, tmp_path / "adapter"))(positions()).detach(), trained)
+    with pytest.raises(PeftError, match="a.model cannot be loaded by its name, .*'e3nn': give the model itself"):
+        load_adapter("a.model", tmp_path / "adapter")
     if case[0] in ("mmea", "gates") and "self" not in case[1]:
         with pytest.raises(PeftError, match="cannot be merged"):
             merge(copy.deepcopy(model))

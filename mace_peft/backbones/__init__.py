@@ -40,11 +40,11 @@ def load_foundation(name: str, backbone: str) -> nn.Module:
     Raises PeftError if it cannot be loaded.
     """
     if backbone not in LOADERS:
-        raise PeftError(f"foundation {name} is a name, and models of the kind {backbone!r:.200} are loaded by who has "
-                        "made them: give the model itself")
+        raise PeftError(f"{name} cannot be loaded by its name, for the adapter is of a model of the kind "
+                        f"{backbone!r:.200}: give the model itself")
     try:
         loader = importlib.import_module(LOADERS[backbone])
     except ModuleNotFoundError as error:
-        raise PeftError(f"foundation {name} cannot be loaded, for the adapter is of a {backbone} model and the package "
-                        f"{error.name} is not installed: use an environment that has it") from None
+        raise PeftError(f"{name} cannot be loaded, for a model of the kind {backbone} needs the package {error.name}, "
+                        "which is not installed: use an environment that has it") from None
     return loader.load_foundation(name)

@@ -7,7 +7,7 @@ from prettytable import PrettyTable
 from mace_peft.adapter.description import describe
 from mace_peft.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_sizes
 from mace_peft.adapter.facts import error_table, facts
-from mace_peft.backbones.foundation import load_foundation
+from mace_peft.backbones import load_foundation
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, printable
 from mace_peft.model.adapted import fingerprint, is_adapted, trainable_parameters
@@ -27,7 +27,7 @@ def info(path: str, trust: bool = False) -> str:
         description, sizes = read_sizes(path)
         size = sum((Path(path) / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
         return adapter_info(f"adapter {path} ({size:,} bytes)", description, sizes)
-    model = load_foundation(path)
+    model = load_foundation(path, "mace")
     if Path(path).exists():
         path += f" ({Path(path).stat().st_size:,} bytes)"
     if is_adapted(model):
