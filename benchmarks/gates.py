@@ -175,7 +175,7 @@ def run(cell: dict, args) -> dict:
     config = PeftConfig("mmea", targets=cell["targets"], gate="exp") if form else UNGATED[cell["form"]][0]
     names, structures = abroad(args, testing)
     of_base = away.largest_forces(predict(base, structures, "cpu")[1], structures)
-    with replaced(MMEA, "coefficients", lambda gate, x, strength: form.coefficients(gate, x)):
+    with replaced(MMEA, "coefficients", lambda gate, x, strength=1: form.coefficients(gate, x)):
         if config is not None:
             inject(model, config)
         began = time.process_time()
