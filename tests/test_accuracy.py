@@ -96,6 +96,7 @@ def test_a_model_from_scratch_has_the_shape_of_the_foundation(benchmark, tmp_pat
     assert (args.num_radial_basis, args.num_cutoff_basis) == (4, 5)
 
 
+@pytest.mark.since("0.3.15")
 def test_parameters_of_MACE_LoRA_are_those_that_train(benchmark):
     said = "INFO: Original model has 1200 trainable parameters.\nINFO: Model with LoRA has 1530 trainable parameters."
     assert benchmark("accuracy").trained(benchmark("cells").Cell("ethanol", "MACE LoRA", 0.01), {}, said, None) == 330
@@ -194,6 +195,7 @@ def test_any_number_of_configurations_takes_as_many_steps(benchmark):
         assert options["max_num_epochs"] / options["eval_interval"] <= 200
 
 
+@pytest.mark.since("0.3.15")
 def test_the_report_has_what_was_measured(benchmark, docs):
     cells, report = benchmark("cells"), benchmark("accuracy_report")
     swept = {cell.key: result(cells, cell, 0.1 / cell.lr) for cell in cells.sweep({}, {})}

@@ -221,15 +221,16 @@ def test_what_is_restored_is_as_before():
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.3."), reason="its profiler misses some operations")
 @pytest.mark.parametrize("config", [PeftConfig("elora", rank=2), PeftConfig("scales"),
                                     PeftConfig("elora+scales", rank=2)], ids=lambda config: config.method)
 def test_a_merged_model_predicts_with_the_operations_of_its_base(config):
     def operations(model):
         inputs = batch(model.requires_grad_(False), configurations(2))
-        for _ in range(3):  # TorchScript looks at the first calls
+        with torch.jit.optimized_execution(False):  # or TorchScript changes the first calls
             model(inputs, training=False, compute_force=True)
-        with torch.profiler.profile() as profile:
-            model(inputs, training=False, compute_force=True)
+            with torch.profiler.profile() as profile:
+                model(inputs, training=False, compute_force=True)
         return Counter(event.name for event in profile.events() if event.name.startswith("aten::"))
 
     base = tiny_mace()

@@ -64,4 +64,5 @@ def test_without_fast_paths_the_steps_are_mace_s_own(tmp_path):
         train_here(tmp_path, **run)
         weights[fast] = torch.load(tmp_path / f"fast_{fast}.model", weights_only=False).state_dict()
     numbers = [name for name, value in weights[True].items() if value.is_floating_point() and value.numel()]
-    assert_close([weights[True][name] for name in numbers], [weights[False][name] for name in numbers])
+    # Adam makes steps of equal length of gradients that are rounding, as that of a hidden layer at the start
+    assert_close(*[[weights[fast][name] for name in numbers] for fast in (True, False)], tolerance=1e-8)

@@ -1,6 +1,7 @@
-"""Warnings of torch that a run with ``--peft`` does not show: of what MACE and e3nn do, and no user can change."""
+"""Warnings that a run with ``--peft`` does not show: of what MACE and e3nn do, and no user can change."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ HARMLESS = (
     "You are using `torch.load` with `weights_only=False`",  # torch 2.4 and 2.5
     "'pin_memory' argument is set as true but no accelerator is found",  # MACE's default
 )
+# lines of the log: of replay that nobody has asked for, before mace-torch 0.3.15
+UNASKED = "Using multiheads finetuning with a foundation model that is not a Materials Project model"
 
 
 @contextlib.contextmanager
@@ -18,4 +21,12 @@ def without_harmless_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in HARMLESS:
             warnings.filterwarnings("ignore", message)  # a regular expression that the text begins with
-        yield
+        logging.getLogger().addFilter(is_asked_for)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeFilter(is_asked_for)
+
+
+def is_asked_for(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(UNASKED)
