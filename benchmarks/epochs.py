@@ -3,7 +3,7 @@
     python benchmarks/epochs.py                     measures, and writes the table of docs/performance.md
     python benchmarks/epochs.py --against CLONE     beside another version of mace-peft, in turn
 
-100 molecules of 21 atoms train, 20 validate, in batches of 5; a foundation of 64 channels, in float64. The first epoch
+60 molecules of 21 atoms train, 20 validate, in batches of 5; a foundation of 64 channels, in float64. The first epoch
 does not count. Runs take turns, three of each.
 """
 
@@ -37,7 +37,7 @@ METHODS = {
     "`--peft scales`": ["--peft=scales"],
     "`--peft mmea`": ["--peft=mmea"],
 }
-EPOCHS, ROUNDS = 4, 3
+EPOCHS, ROUNDS = 3, 3
 TIME = re.compile(r"^(\S+ \S+) INFO: Epoch (\d+): ", re.MULTILINE)
 
 
@@ -45,9 +45,9 @@ def write_inputs(folder: Path) -> None:
     foundation = make_model("small", torch.float64, "cpu")
     foundation.atomic_energies_fn.atomic_energies = torch.atleast_2d(foundation.atomic_energies_fn.atomic_energies)
     torch.save(foundation, folder / "foundation.model")
-    structures = molecules(120)
-    ase.io.write(folder / "train.xyz", structures[:100])
-    ase.io.write(folder / "valid.xyz", structures[100:])
+    structures = molecules(80)
+    ase.io.write(folder / "train.xyz", structures[:60])
+    ase.io.write(folder / "valid.xyz", structures[60:])
 
 
 def seconds_of_an_epoch(options: list[str], inputs: Path, clone: Path) -> float:
