@@ -14,8 +14,8 @@ from forks import PLAIN
 from second_device import second_device
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("gpu", "gpu_part", "gpu_right", "gpu_fast", "gpu_command", "gpu_report", "speed", "variants", "speed_report",
-           "models", "pages", "environment")
+MODULES = ("gpu", "gpu_part", "gpu_checks", "gpu_right", "gpu_fast", "gpu_command", "gpu_report", "speed", "variants",
+           "speed_report", "models", "pages", "environment")
 NO_THREADS = ("made there", "moved", "loaded", "ten steps")
 pytestmark = pytest.mark.since("0.3.15")  # MACE's own --lora
 
