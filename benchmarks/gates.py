@@ -36,6 +36,8 @@ from mace_peft import PeftConfig, inject
 from mace_peft.fast.arithmetic import fast_arithmetic
 from mace_peft.fast.messages import fast_messages
 from mace_peft.methods import MMEA
+from mace_peft.model import isolated
+from mace_peft.model.adapted import is_adapted
 from mace_peft.patching import replaced
 
 HERE = Path(__file__).resolve().parent
@@ -193,7 +195,8 @@ def run(cell: dict, args) -> dict:
     largest = away.largest_forces(found, structures)
     above = ~(largest <= np.maximum(10 * of_base, 1))  # NaN is above
     worst = np.argmax(np.nan_to_num(largest / np.maximum(of_base, 0.1), nan=np.inf))
-    shift = lone - model.atomic_energies_fn.atomic_energies.flatten().numpy()
+    E0s = isolated.E0s(model) if is_adapted(model) else model.atomic_energies_fn.atomic_energies
+    shift = lone - E0s.detach().flatten().numpy()
     return {**cell, "mae_e": rounded(np.abs(error).mean()), "mae_f": rounded(np.abs(force).mean()),
             "gains_home": home.range, "gains_away": far.range, "away": len(structures), "above": int(above.sum()),
             "worst": names[worst], "worst_force": rounded(largest[worst]), "worst_base": rounded(of_base[worst]),
