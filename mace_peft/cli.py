@@ -7,6 +7,7 @@ import sys
 
 from mace_peft import __version__
 from mace_peft.errors import PeftError, needs_mace, one_line, printable
+from mace_peft.train.quiet import without_harmless_warnings
 
 FORMATS = ("model", "torchscript", "lammps", "lammps-mliap")
 
@@ -18,7 +19,8 @@ def main() -> None:
     args = vars(build_parser().parse_args())
     module, name = args.pop("runs")
     try:
-        with needs_mace(f"mace_peft {name}"):  # imported now: --help and errors in the options come at once
+        with without_harmless_warnings(), needs_mace(f"mace_peft {name}"):
+            # imported now: --help and errors in the options come at once
             result = getattr(importlib.import_module(module), name)(**args)
     except (PeftError, OSError) as error:
         error = error if isinstance(error, PeftError) else PeftError(one_line(error))

@@ -1,4 +1,4 @@
-"""Warnings that a run with ``--peft`` does not show: of what MACE and e3nn do, and no user can change."""
+"""Warnings that our commands do not show: of what MACE and e3nn do, and no user can change."""
 
 import contextlib
 import logging
