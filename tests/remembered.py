@@ -1,7 +1,7 @@
 """Most of the time of a test goes into building and copying models: what is the same in a process is made once.
 
-The same are models of the same arguments and the same random numbers, which go on as after the building; and the code
-that e3nn generates for a module and for a copy of it, where it holds no tensors.
+The same are models of the same arguments and the same random numbers, which go on as after the building. What they are
+made of, generated code, is in ``remembered_graphs``.
 """
 
 import copy
