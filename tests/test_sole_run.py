@@ -15,6 +15,8 @@ from runs import NAME, SEED, arguments, finish, train_here, write_inputs
 
 from mace_peft import PeftError
 from mace_peft.train import sole_run as module
+from mace_peft.train.checkpoint_files import CompleteCheckpointIO
+from mace_peft.train.checkpoints import AdapterCheckpointHandler
 from mace_peft.train.sole_run import lock_files, run_without_peft, sole_run
 
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": 1}
@@ -151,6 +153,36 @@ def test_without_such_locks_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fcntl", None)
     with run_without_peft(options(tmp_path)), sole_run(options(tmp_path)):
         assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_neither_of_two_runs_takes_checkpoints_of_the_other_for_its_own(tmp_path):
+    first, second = (CompleteCheckpointIO(str(tmp_path), "run_run-1") for _ in range(2))
+    first.write(first.restart, {"of": "first"})
+    first.check_own()
+    second.set_earlier_aside(str(tmp_path))
+    with pytest.raises(PeftError, match="is not the one that this run wrote: another run of the same --name"):
+        first.check_own()  # before the run reads its result
+    second.write(second.restart, {"of": "second"})
+    with pytest.raises(PeftError, match="is not the one that this run wrote"):
+        first.write(first.restart, {"of": "first"})
+    second.check_own()
+    assert torch.load(tmp_path / second.restart, weights_only=True) == {"of": "second"}
+
+
+def test_without_locks_a_run_stops_where_another_has_its_checkpoints(inputs, tmp_path, monkeypatch, capsys):
+    read = AdapterCheckpointHandler.read
+
+    def another_comes_first(self, path, model):
+        other = CompleteCheckpointIO(self.io.directory, self.io.tag)
+        other.write(os.path.basename(path), torch.load(path, weights_only=False))
+        return read(self, path, model)
+
+    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(AdapterCheckpointHandler, "read", another_comes_first)
+    with pytest.raises(SystemExit, match="2"):
+        train_here(inputs, work_dir=tmp_path, **PEFT)
+    assert "is not the one that this run wrote" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / f"{NAME}.model").exists() and not (tmp_path / f"{NAME}_adapter").exists()
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):

@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints: complete or not there, and none that the run no longer needs."""
+"""The files of a run's checkpoints: complete or not there, none that the run no longer needs, and none of another."""
 
 import io
 import logging
@@ -7,12 +7,21 @@ import os
 import torch
 from mace.tools import CheckpointIO
 
+from mace_peft.errors import PeftError
 from mace_peft.files import make_folder, one_line_errors, write_complete
 from mace_peft.train.progress import Progress
 
 
 class CompleteCheckpointIO(CheckpointIO):
-    """Writes a checkpoint in full before the last one goes: a run killed while it saves can restart."""
+    """Writes a checkpoint in full before the last one goes: a run killed while it saves can restart.
+
+    Where a file system has no locks, nothing keeps a second run of the same name away (``sole_run``). Whichever of the
+    two comes next finds that its files are not those it wrote, and stops.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.written: dict[str, tuple | None] = {}  # what this run wrote, by path: what tells it from another file
 
     @property
     def restart(self) -> str:
@@ -51,7 +60,17 @@ class CompleteCheckpointIO(CheckpointIO):
         torch.save(content, written)
         with one_line_errors(self.directory):
             make_folder(self.directory)
-        write_complete(os.path.join(self.directory, name), written.getbuffer(), self.tag)
+        self.check_own()
+        path = os.path.join(self.directory, name)
+        write_complete(path, written.getbuffer(), self.tag)
+        self.written[path] = identity(path)
+
+    def check_own(self) -> None:
+        """Raise PeftError if a file that this run wrote is gone, or is another one now."""
+        for path, known in self.written.items():
+            if identity(path) != known:
+                raise PeftError(f"the checkpoint {path} is not the one that this run wrote: another run of the same "
+                                "--name writes there, too; start one of them again with another --name")
 
     def remove_others(self, progress: Progress, keep: bool) -> None:
         """Remove checkpoints of epochs that come again and, unless all are kept, those that are not the best ones."""
@@ -59,3 +78,13 @@ class CompleteCheckpointIO(CheckpointIO):
         for info in self.known():
             if info.epochs >= progress.epoch or not (keep or os.path.basename(info.path) in best):
                 os.remove(info.path)
+                self.written.pop(info.path, None)
+
+
+def identity(path: str) -> tuple | None:
+    """What tells a file from another that has taken its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -134,7 +134,8 @@ class AdapterCheckpointHandler(CheckpointHandler):
         return holding(model, self.weights(model, self.progress.result(stage_two)))
 
     def read(self, path: str, model: torch.nn.Module) -> dict:
-        """What the file holds. Raises PeftError if it cannot be read, or does not fit the model."""
+        """What the file holds. Raises PeftError if it cannot be read, is another run's, or does not fit the model."""
+        self.io.check_own()
         try:
             checkpoint = torch.load(path, map_location=next(model.parameters()).device, weights_only=False)
         except Exception as error:  # a damaged file fails in many ways
