@@ -16,8 +16,8 @@ LARGEST = sys.float_info.max
 MOST_PATTERNS = 200
 RANKS = (lambda rank: 1 <= rank <= 10**6), "a whole number of at least 1, up to a million"
 # what a method lacks, on which the setting would act
-ACTS_ON = {"rank": "rank", "budget": "rank", "rank_pattern": "rank", "alpha": "low-rank updates", "gate": "gates",
-           "init_std": "gates"}
+ACTS_ON = {"targets": "adapters", "rank": "rank", "budget": "rank", "rank_pattern": "rank", "alpha": "low-rank updates",
+           "gate": "gates", "init_std": "gates"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PeftConfig:
     """Settings of a fine-tune. Field names are the options of ``mace_run_train`` without ``--peft_``.
 
     method: a row of the table of methods: ``mmea`` (arXiv 2511.06696), ``elora`` (ICML 2025, openreview hcoxm3Vwgy),
-        ``gates``, ``scales``, ``elora+scales`` or ``small``. It says which of the settings below act, and what they are
-        unless given; the others are None.
+        ``gates``, ``scales``, ``elora+scales``, ``small``; or ``full``, all parameters without adapters. It says which
+        of the settings below act, and what they are unless given; the others are None.
     rank: the width of a gate's hidden layer, or of the low-rank factors; or ``auto``: each module has its own, chosen
         from the training set (``choose_ranks``) within the budget.
     alpha: low-rank updates are scaled by alpha / rank; None means alpha = rank, as published.
@@ -35,7 +35,8 @@ class PeftConfig:
     gate: ``bounded``: gains lie within fixed bounds, and an atom without neighbours keeps its energy; or ``exp``, as
         published: a gain is exp(g) (``mace_peft.methods.MMEA``).
     init_std: standard deviation of a gate's scalar shift at the start; 0 makes step 0 equal to the foundation.
-    train_also: comma-separated glob patterns, or a list, over the names of base parameters that train along.
+    train_also: comma-separated glob patterns, or a list, over the names of base parameters that train along; with
+        ``full``, of E0s alone.
     budget: what the adapters of rank ``auto`` may train, as a number of parameters or a share of the base's: ``5%``.
     rank_pattern: the ranks that were chosen, by module: ``{name: rank}``.
 
@@ -62,8 +63,9 @@ class PeftConfig:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 self.settle(name, value)
-        check_patterns("<targets>", self.targets, "module", "such as 'interactions.*.linear', or a placement such as "
-                       "published")
+        if self.targets is not None:
+            check_patterns("<targets>", self.targets, "module", "such as 'interactions.*.linear', or a placement such "
+                           "as published")
         if self.train_also is not None:
             check_patterns("<train_also>", self.train_also, "parameter", "such as 'readouts.*', or leave it out")
         if self.row.has_gates:

@@ -8,7 +8,7 @@ import pytest
 
 from mace_peft import PeftConfig, PeftError
 
-METHODS = "use mmea or gates or elora or scales or elora+scales or small"
+METHODS = "use mmea or gates or elora or scales or elora+scales or small or full"
 PLACES = ["glob", "'interactions.*.linear'", "a placement"]
 # settings, what the message names: the setting, the value, and what to use instead
 REFUSED = [
@@ -56,6 +56,8 @@ REFUSED = [
     ({"init_std": 0.1, "method": "elora"}, ["init_std 0.1", "elora, which has no gates", "leave it out"]),
     ({"gate": "exp", "method": "elora"}, ["gate exp", "elora, which has no gates", "leave it out"]),
     ({"gate": "exp", "method": "elora+scales"}, ["gate exp", "elora+scales, which has no gates", "leave it out"]),
+    ({"targets": "all", "method": "full"}, ["targets all", "full, which has no adapters", "leave it out"]),
+    ({"rank": 4, "method": "full"}, ["rank 4", "full, which has no rank", "leave it out"]),
     ({"gate": "exp", "method": "small"}, ["gate exp", "small, which has no gates", "leave it out"]),
     ({"rank": 4, "budget": "5%"}, ["budget 5%", "rank 4", "leave it out", "use rank auto"]),
     ({"rank": 4, "rank_pattern": {"linear": 2}}, ["rank_pattern {'linear': 2}", "rank 4", "use rank auto"]),

@@ -25,6 +25,7 @@ from mace_peft.model.inject import fold
 GLOBS = "interactions.0, products.*, readouts.0.linear"
 PLACEMENTS = ("products", "linears", "published", GLOBS)
 DOUBLE, SINGLE = torch.float64, torch.float32
+FULL = [("full", None, 1, DOUBLE), ("full", None, 1, SINGLE), ("full", None, 2, DOUBLE)]
 # every kind of adapter x placement x dtype on one model, and every max_L where all kinds of modules are adapted
 EVERY = [(method, targets, 1, dtype) for method in ("mmea", "elora", "scales") for targets in PLACEMENTS
          for dtype in (DOUBLE, SINGLE)]
@@ -34,6 +35,7 @@ EVERY += [(method, "all", 1, DOUBLE) for method in ("mmea", "elora", "scales", "
 EVERY += [("gates", "published", 1, DOUBLE), ("gates", GLOBS, 1, DOUBLE), ("gates", "all", 1, SINGLE)]
 EVERY += [("gates", "all", max_L, DOUBLE) for max_L in (0, 2, 3)]
 EVERY += [("elora+scales", "linears", 1, SINGLE), ("small", "linears", 1, DOUBLE)]
+EVERY += FULL
 IN_DOUBLE = [case for case in EVERY if case[3] == DOUBLE]
 ONE_MODEL = [case for case in IN_DOUBLE if case[2] == 1]
 WITH_GATES = [case for case in ONE_MODEL if case[0] in ("mmea", "gates")]
@@ -81,6 +83,10 @@ def config_of(case, **settings):
     if method == "mmea" and targets in ("products", "linears"):
         settings.pop("alpha", None)
     return PeftConfig(method, targets=targets, **settings)
+
+
+def default_case(method, dtype):
+    return method, "published" if METHODS[method].targets else None, 1, dtype
 
 
 def new(case):
@@ -171,9 +177,10 @@ def test_the_base_keeps_its_state_dict(case):
     original = shared_base(*case[2:])
     state = shared(case).state_dict()
     added = [key for key in state if ".adapter." in key]
-    assert added
+    assert bool(added) == (case not in FULL)
     assert [key for key in state if key not in added] == list(original.state_dict())
-    assert_same_state({key: value for key, value in state.items() if key not in added}, original.state_dict())
+    frozen = {key: value for key, value in state.items() if key not in trainable_parameters(shared(case))}
+    assert_same_state(frozen, {key: value for key, value in original.state_dict().items() if key in frozen})
 
 
 @over(EVERY)
@@ -186,7 +193,8 @@ def test_only_trainable_parameters_require_grad(case):
     model = shared(case)
     trainable = trainable_parameters(model)
     assert trainable == {key: p for key, p in model.named_parameters() if p.requires_grad}
-    assert trainable and all(".adapter." in key for key in trainable)
+    assert trainable and all(".adapter." in key for key in trainable) == (case not in FULL)
+    assert case not in FULL or list(trainable) == [key for key, p in model.named_parameters() if p.numel()]
 
 
 @pytest.mark.parametrize("switched", [True, False])
@@ -215,7 +223,8 @@ def test_training_moves_every_adapter_and_no_base_tensor(case):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     state = model.state_dict()
-    assert_same_state({key: state[key] for key in original.state_dict()}, original.state_dict())
+    kept = {key: value for key, value in original.state_dict().items() if key not in before}
+    assert_same_state({key: state[key] for key in kept}, kept)
     for key, parameter in trainable_parameters(model).items():
         assert not parameter.numel() or not torch.equal(parameter, before[key]), key
 
@@ -308,7 +317,7 @@ def test_torchscript_refuses_updates_that_are_not_folded():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_dtype_of_an_adapted_model_can_change(method):
-    model = adapted((method, "published", 1, DOUBLE))
+    model = adapted(default_case(method, DOUBLE))
     expected = predict(model, structures())
     energies, forces = predict(model.float(), structures())
     assert energies.dtype == forces.dtype == SINGLE
@@ -478,8 +487,7 @@ def test_mace_reads_the_same_configuration_from_it(case):
             assert config[key] == value, key
 
 
-@pytest.mark.parametrize("case", [(method, "published", 1, dtype) for method in METHODS for dtype in (DOUBLE, SINGLE)],
-                         ids=name)
+@over([default_case(method, dtype) for method in METHODS for dtype in (DOUBLE, SINGLE)])
 def test_the_calculator_runs_it(case):
     model = adapted(case)
     energies, forces = predict(model, [molecule("CH3OH")])

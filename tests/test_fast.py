@@ -55,12 +55,24 @@ def train(model, cheap: bool) -> tuple[list[float], dict, torch.Tensor | None]:
     return losses, {name: parameter.detach() for name, parameter in learnt.items()}, structures["positions"].grad
 
 
-@pytest.mark.parametrize("targets", ["products", "linears", "published", "all"])
-@pytest.mark.parametrize("method", [{"method": "mmea", "rank": 2}, {"method": "elora", "rank": 2},
-                                    {"method": "scales"}, {"method": "elora+scales", "rank": 2}],
-                         ids=["mmea", "elora", "scales", "elora-scales"])
-def test_losses_and_weights_are_those_of_the_whole_backward_pass(method, targets):
-    model = randomise(inject(tiny_mace(), PeftConfig(**method, targets=targets, train_also="readouts.*")))
+RANKED = {"mmea": 2, "elora": 2, "scales": None, "elora+scales": 2}
+WITH_ADAPTERS = [PeftConfig(method, rank=rank, targets=targets, train_also="readouts.*")
+                 for method, rank in RANKED.items() for targets in ("products", "linears", "published", "all")]
+FULL = [PeftConfig("full"), PeftConfig("full", train_also="atomic_energies_fn.*")]
+
+
+@pytest.mark.parametrize("first", ["RealAgnosticInteractionBlock", "RealAgnosticDensityResidualInteractionBlock"])
+@pytest.mark.parametrize("config", FULL, ids=["E0s stay", "E0s train"])
+def test_all_parameters_learn_as_in_the_whole_backward_pass(config, first):
+    check_cheap_steps(inject(tiny_mace(first=first), config))
+
+
+@pytest.mark.parametrize("config", WITH_ADAPTERS, ids=lambda config: f"{config.method}-{config.targets}")
+def test_losses_and_weights_are_those_of_the_whole_backward_pass(config):
+    check_cheap_steps(randomise(inject(tiny_mace(), config)))
+
+
+def check_cheap_steps(model):
     losses, weights, of_positions = train(copy.deepcopy(model), cheap=True)
     expected_losses, expected, unused = train(copy.deepcopy(model), cheap=False)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=0)

@@ -30,7 +30,8 @@ def globals_of(content: bytes) -> set[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_file_names_one_path(method):
     ranked = {"rank": 2} if METHODS[method].rank is not None else {}
-    model = randomise(inject(tiny_mace(), PeftConfig(method, targets="all", train_also="readouts.*", **ranked)))
+    placed = {} if METHODS[method].trains_base else {"targets": "all", "train_also": "readouts.*"}
+    model = randomise(inject(tiny_mace(), PeftConfig(method, **placed, **ranked)))
     file = io.BytesIO()
     torch.save(model, file)
     with zipfile.ZipFile(file) as archive:

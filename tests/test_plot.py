@@ -312,7 +312,7 @@ def test_every_updated_module_is_there_once():
 
 def test_updates_need_a_low_rank_update():
     message = fails(update_spectra, adapted("mmea", "products"))
-    assert message.startswith("method mmea with targets products has no low-rank update")
+    assert message.startswith("method mmea at products has no low-rank update")
     assert "draw an adapter of elora" in message
 
 

@@ -176,7 +176,10 @@ def test_with_scales_go_the_E0s(model, method, targets, classes):
     assert [name for name in found if name != "atomic_energies_fn"] == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
+WITH_ADAPTERS = pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method].adapters])
+
+
+@WITH_ADAPTERS
 def test_the_default_placement(model, method):
     expected = {"mmea": "published", "elora": "linears", "elora+scales": "linears", "small": "linears"}
     assert targets_of(model, method, None) == targets_of(model, method, expected.get(method, "all"))
@@ -283,7 +286,7 @@ def test_modules_without_weights_are_no_targets(model):
     assert "matches no module that mmea can adapt" in message
 
 
-@pytest.mark.parametrize("method", METHODS)
+@WITH_ADAPTERS
 @pytest.mark.parametrize("targets", ["products", "linears", "published", "all", "0"])
 def test_a_model_without_the_blocks_is_refused(method, targets):
     plain = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Tanh()))
@@ -353,6 +356,34 @@ def test_a_convolution_elsewhere_is_no_part_of_all():
 
 
 # --- parameters that train along --------------------------------------------------------------------------------------
+
+
+def test_full_trains_every_parameter_and_no_E0s(model):
+    """The table has a row for each module, with radial MLPs and contractions as one."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.numel()}
+    inject(model, PeftConfig("full"))
+    assert {name: parameter.numel() for name, parameter in trainable_parameters(model).items()} == sizes
+    assert all(parameter.requires_grad for parameter in trainable_parameters(model).values())
+    rows = rows_of(summary(model))
+    assert {"interactions.0.conv_tp_weights", "products.1.symmetric_contractions", "readouts.0.linear"} < set(rows)
+    assert sum(count for count, _ in rows.values()) == sum(sizes.values())
+    eject(model)
+    inject(model, PeftConfig("full", train_also="atomic_energies_fn.*"))
+    assert trainable_parameters(model).keys() - sizes == {"atomic_energies_fn.adapter.s.atomic_energies"}
+
+
+@pytest.mark.parametrize("config", [PeftConfig("full"), PeftConfig("elora", rank=2, train_also="*")])
+def test_constants_that_MACE_makes_parameters_of_do_not_train(model, config):
+    bessel = model.radial_embedding.bessel_fn
+    bessel.bessel_weights = torch.nn.Parameter(bessel.bessel_weights.clone())
+    inject(model, config)
+    assert "radial_embedding.bessel_fn.bessel_weights" not in trainable_parameters(model)
+    assert "readouts.0.linear.weight" in trainable_parameters(model)
+
+
+def test_full_refuses_what_trains_without_it(model):
+    message = refusal(inject, model, PeftConfig("full", train_also="atomic_energies_fn.*,readouts.*"))
+    assert message == "train_also 'readouts.*' has no effect on full, which trains every parameter: leave it out"
 
 
 def test_train_also_trains_base_parameters(model):

@@ -24,6 +24,7 @@ SMALL = {"interactions": 1, "channels": 2, "correlation": 2}  # many predictions
 
 def adapted(method, model=None, **settings):
     ranked = {"rank": 1} if METHODS[method].rank is not None else {}
+    settings = {name: value for name, value in settings.items() if name in METHODS[method].settings}
     model = tiny_mace() if model is None else model
     return randomise(inject(model, PeftConfig(method, **ranked | settings)), scale=0.3)
 

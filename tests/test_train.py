@@ -103,6 +103,7 @@ CASES = {
         {"start_swa": 1, "E0s": E0S[FEWER_ELEMENTS]},
     ),
     "gates-all": Case(MOLECULE, {"peft": "gates", "peft_rank": 2, "peft_targets": "all"}),
+    "full": Case(MOLECULE, {"peft": "full"}, ("--ema",), {"E0s": "average"}),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -275,6 +276,9 @@ def test_the_log_lists_what_trains(finished, before_training, name):
     listed = re.findall(r"^\| (\S+) +\| (?:gates?|gains|shift|low-rank update|itself) +\| +([\d,]+) \|", log, re.M)
     along = {key for key, weight in model.named_parameters()
              if key.startswith("readouts.") and "readouts" in (config.train_also or "") and weight.numel()}
+    if config.method == "full":
+        along = {unit(model, key.rpartition(".")[0]) for key in finished(name).adapter_tensors()
+                 if ".adapter." not in key}
     assert {module for module, _ in listed} == {unit(model, target) for target in find_targets(model, config)} | along
     trained = sum(tensor.numel() for tensor in finished(name).adapter_tensors().values())
     assert sum(int(number.replace(",", "")) for _, number in listed) == trained
@@ -400,7 +404,8 @@ def test_nothing_but_adapters_and_what_trains_along_changes(finished, before_tra
     run, model = finished(name), before_training(name)["model"]
     start, checkpoint = model.state_dict(), run.checkpoint(stage_two)
     along = {key for key, weight in model.named_parameters() if key.startswith("readouts.") and weight.numel()}
-    along = along if name == "mmea-products" else set()
+    of_full = {key for key in finished(name).adapter_tensors() if ".adapter." not in key}
+    along = {"mmea-products": along, "full": of_full}.get(name, set())
     assert {key for key in checkpoint["model"] if ".adapter." not in key} == along
     assert checkpoint["base"].keys() == start.keys() - along
     changed = {key for key in checkpoint["base"] if checkpoint["base"][key] != measures(start[key])}

@@ -35,9 +35,10 @@ def card(description: dict, sizes: dict[str, int]) -> str:
     said = facts(description, sizes)
     method, name = description["peft"]["method"], description["foundation"]["name"]
     training, kind = description.get("training"), KINDS.get(description["backbone"], OTHERS)
+    title = METHODS[method].title + ("" if METHODS[method].trains_base else " adapter")
     lines = [
         f"{BEGINNING}tags: [{kind.name.lower()}, interatomic-potential, fine-tuning]\n---\n",
-        f"# A fine-tuned {kind.name} model: {METHODS[method].title} adapter of {code(name or 'a foundation model')}\n",
+        f"# A fine-tuned {kind.name} model: {title} of {code(name or 'a foundation model')}\n",
         "These files and the foundation model are an interatomic potential. The foundation model is not among them: "
         "it is the one with the fingerprint below.\n",
         *markdown(["", ""], [[name, code(value)] for name, value in said.items()]),

@@ -58,7 +58,7 @@ TRAINING = {
 ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
 FIELDS = {
     "format": int,
-    "peft": {"method": NAME, "rank": (RANK, "auto", None), "alpha": (float, None), "targets": PATTERNS,
+    "peft": {"method": NAME, "rank": (RANK, "auto", None), "alpha": (float, None), "targets": (PATTERNS, None),
              "gate": (NAME, None), "init_std": (float, None), "train_also": (PATTERNS, None), "budget": (NAME, None),
              "rank_pattern": (AtMost(5000, {NAME: RANK}), None)},
     "foundation": (ORIGIN, ORIGIN | {"head": (NAME, None)}),

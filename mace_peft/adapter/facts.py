@@ -21,14 +21,15 @@ def facts(description: dict, sizes: dict[str, int]) -> dict[str, str]:
     shown = {"rank": config["rank"], "alpha": "as the rank" if config["alpha"] is None else f"{config['alpha']:g}",
              "gate": config["gate"]}
     settings = [f"{name} {value}" for name, value in shown.items() if name in row.settings]
+    along = "every parameter" if row.trains_base else None, config["train_also"]
     trained, base = sum(sizes.values()), description["base_parameters"]
     elements, E0s = description["elements"], description["E0s"]
     share = f", {100 * trained / base:.1f} % of the base's {base:,}" if base else ""
     return {
         "method": ", ".join([config["method"], *settings]),
         **({"strength": f"{description['strength']:g}"} if "strength" in description else {}),
-        "placement": config["targets"],
-        "trains along": config["train_also"] or "nothing",
+        "placement": config["targets"] or "none",
+        "trains along": ", ".join(filter(None, along)) or "nothing",
         "parameters": f"{trained:,} ({description['dtype']}){share}",
         "class": description["model_class"],
         "elements": symbols(elements or ()) or "any",

@@ -1,6 +1,6 @@
 """Models that are made of e3nn's own layers; what other backbones add to them is in modules of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -15,13 +15,14 @@ class Backbone:
     """What the package asks about a model. These answers are those of any stack of e3nn's layers.
 
     operations: what its modules are to the methods. placements: the roles of the operations that a placement means.
-    pattern: an example of a glob pattern, for errors.
+    pattern: an example of a glob pattern, for errors. untrained: names of parameters that are constants.
     """
 
     name = "e3nn"
     operations: Operations = e3nn.OPERATIONS
     placements: Mapping[str, set[str]] = {"linears": LINEARS, "published": PUBLISHED, "all": PUBLISHED}
     pattern = "*.linear"
+    untrained: Collection[str] = ()
 
     def fits(self, model: nn.Module) -> bool:
         return any(operation_of(module, self.operations) for module in model.modules())

@@ -23,6 +23,8 @@ class Mace(Backbone):
     placements = {"products": {"product", "energies"}, "linears": LINEARS, "published": OF_MACE,
                   "all": OF_MACE | {"convolution"}}
     pattern = "interactions.*.linear"
+    # a buffer, which becomes a parameter where MACE takes over a foundation, and which its optimizer leaves out
+    untrained = ("radial_embedding.bessel_fn.bessel_weights",)
 
     def fits(self, model: nn.Module) -> bool:
         return any(isinstance(module, (EquivariantProductBasisBlock, InteractionBlock)) for module in model.modules())

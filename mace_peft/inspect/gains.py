@@ -40,7 +40,7 @@ def gain_statistics(model: nn.Module, structures: list[Atoms]) -> dict:
     config = model.peft_config
     names = gates_with_gains(model)
     if not names:
-        raise PeftError(f"<method> {config.method} with <targets> {config.targets} has no gates with gains to draw: "
+        raise PeftError(f"<method> {config.method} at {config.targets or 'no module'} has no gates with gains to draw: "
                         "draw an adapter of mmea or gates, with targets that give irreps other than 0e")
     check_structures(model, structures)
     gains: dict[str, list[np.ndarray]] = {name: [] for name in names.values()}

@@ -35,6 +35,6 @@ def update_spectra(model: nn.Module) -> dict:
                 "weight": part if key in own else f"{part} {key}".strip(),  # of a layer there is one matrix, its weight
                 "singular_values": values.tolist(), "weight_norm": weight.double().norm().item()})
     if not units:
-        raise PeftError(f"<method> {config.method} with <targets> {config.targets} has no low-rank update to draw: "
+        raise PeftError(f"<method> {config.method} at {config.targets or 'no module'} has no low-rank update to draw: "
                         "draw an adapter of elora, or of mmea with targets published")
     return {"peft": config.to_dict(), "units": units}

@@ -22,8 +22,8 @@ class Method:
 
     title: what figures call it.
     adapters: which adapter an operation of each role takes (``mace_peft.blocks.operation``). What has no entry, passes
-        a placement on to what it is made of.
-    targets: the default placement.
+        a placement on to what it is made of. A method without any trains all parameters of the base.
+    targets: the default placement; None where it has none.
     lr: the learning rate that was best for it where rates were swept (docs/results.md).
     rank: the default rank; None where it has none.
     paper: a link to what to cite for it, in Markdown.
@@ -31,15 +31,20 @@ class Method:
 
     title: str
     adapters: Mapping[str, type[Adapter]]
-    targets: str
+    targets: str | None
     lr: float
     rank: int | str | None = 16
     paper: str | None = None
 
     @property
     def settings(self) -> set[str]:
-        """The settings that act on it: those of its adapters."""
-        return {setting for adapter in self.adapters.values() for setting in adapter.settings}
+        """The settings that act on it: where its adapters go, and theirs."""
+        return {setting for adapter in self.adapters.values() for setting in ("targets", *adapter.settings)}
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether all parameters of the base train, but for E0s, which do where ``train_also`` names them."""
+        return not self.adapters
 
     @property
     def has_gates(self) -> bool:
@@ -67,6 +72,7 @@ METHODS = {
 # what did best with 5 % of the base's parameters
 METHODS["small"] = Method("small", METHODS["elora+scales"].adapters, "linears", 0.02, rank="auto",
                           paper=PAPERS["ELoRA"])
+METHODS["full"] = Method("full fine-tuning", {}, None, 0.005, rank=None)
 
 
 def empty_adapter(name: str) -> Adapter:

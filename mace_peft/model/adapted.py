@@ -39,9 +39,9 @@ class AdaptedModel(nn.Module):
     base while gates stayed; and ``peft_strength``, see ``set_strength``. The model has
     - ``peft_foundation``, what it started from (a dict of name, head and fingerprint; None is its own base, see
       ``origin``), and ``peft_base``, by which it knows its base again;
-    - ``peft_originals``: the parameters of ``train_also``, and the E0s, scale and shift that ``load_adapter`` replaces,
-      as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and shift are
-      those of its base;
+    - ``peft_originals``: the parameters of the base that train, and the E0s, scale and shift that ``load_adapter``
+      replaces, as they were before. A model that MACE rebuilt has None for these parameters, and its E0s, scale and
+      shift are those of its base;
     - ``peft_full``: of these tensors, and of E0s that ``settle_isolated_atoms`` has changed, the values at strength 1,
       where the model holds others;
     - ``peft_isolated``, see ``of_isolated_atoms``;
@@ -61,21 +61,22 @@ class AdaptedModel(nn.Module):
             self.take_gates(type(self)(*args, **{**kwargs, "cueq_config": None}))
         else:
             backbone_of(self).check_new(self)
-            self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config.train_also))
+            self.peft_originals = dict.fromkeys(find_parameters(self, self.peft_config))
             add_adapters(self, find_targets(self, self.peft_config), self.peft_config)
             strengthen(self, self.peft_strength)
 
     def take_gates(self, plain: AdaptedModel) -> None:
         """Adapters as the plain model's, on the layers of cuEquivariance, for MACE to fill.
 
-        Raises PeftError for updates of weights: MACE does not fill those of the contractions.
+        Raises PeftError for updates of weights, and where all of the base trains: MACE does not fill what belongs to
+        the contractions.
         """
         from mace_peft.blocks.cuequivariance import carry_over  # only where it is installed
 
         blocks = adapted_blocks(plain)
-        if any(isinstance(block, Updated) for block in blocks.values()):
-            raise PeftError("low-rank updates and scales cannot go to cuEquivariance with the model: merge them into "
-                            "its weights before you convert it")
+        if plain.peft_config.row.trains_base or any(isinstance(block, Updated) for block in blocks.values()):
+            raise PeftError("low-rank updates, scales and full fine-tuning cannot go to cuEquivariance with the model: "
+                            "merge them into its weights before you convert it")
         carry_over(blocks, None, self)
         self.peft_originals = dict.fromkeys(plain.peft_originals)
 

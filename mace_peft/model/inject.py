@@ -32,6 +32,8 @@ from mace_peft.model.targets import Target, find_parameters, find_targets
 def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None) -> nn.Module:
     """Adapt the model and freeze everything but its adapters and ``config.train_also``. Returns the model.
 
+    With ``full`` there are no adapters, and every parameter trains: the model keeps what they were before.
+
     The adapters have the dtype and device of the blocks they adapt. ``foundation`` says what the model started from
     (``{"name", "head", "fingerprint"}``), by default the model itself. Raises PeftError where ``check`` does, and then
     leaves the model as it was.
@@ -42,7 +44,7 @@ def inject(model: nn.Module, config: PeftConfig, foundation: dict | None = None)
                         "with labelled ase.Atoms, and inject the settings that it returns")
     foundation = foundation or {"name": None, "fingerprint": fingerprint(model)}
     originals = {name: model.get_parameter(name).detach().clone() for name in
-                 find_parameters(model, config.train_also)}
+                 find_parameters(model, config)}
     add_adapters(model, targets, config)
     model.peft_originals, model.peft_gains, model.peft_full = originals, None, {}
     settle(model, config, foundation)
@@ -89,7 +91,7 @@ def check(model: nn.Module, config: PeftConfig) -> dict[str, Target]:
         raise PeftError(f"{name} has an adapter already, of an adapted model inside of this one: eject that first")
     backbone.check_new(model)
     targets = find_targets(model, config)
-    find_parameters(model, config.train_also)
+    find_parameters(model, config)
     if config.has_rank:
         check_rank(model, targets, config)
     if config.alpha not in (None, config.rank) and not any("alpha" in t.adapter.settings for t in targets.values()):
@@ -174,7 +176,7 @@ def fold(model: nn.Module) -> nn.Module:
         take_out(block)
     retire(learnt.values(), model)
     gates = adapted_blocks(model)
-    if updated and of_base is not None:  # by gates that stay, isolated atoms are put right anew
+    if of_base is not None and (updated or not gates):  # by gates that stay, isolated atoms are put right anew
         model.get_buffer(isolated.E0S).sub_(isolated.drift(base_of(model) if gates else model, of_base))
     if not gates:
         return forget(model)

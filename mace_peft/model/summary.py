@@ -13,7 +13,8 @@ from mace_peft.model.targets import unit
 def summary(model: nn.Module) -> str:
     """Adapted modules with what trains in each, how many parameters that is, and its share of the base's.
 
-    A radial MLP and a set of symmetric contractions have one row each. Raises PeftError if there is no adapter.
+    A radial MLP and a set of symmetric contractions have one row each; what trains along has one for each parameter, or
+    for each module where all of the base trains. Raises PeftError if there is no adapter.
     """
     trainable = trainable_parameters(model)
     blocks = adapted_blocks(model)
@@ -22,8 +23,11 @@ def summary(model: nn.Module) -> str:
         adapters = list(adapters_of(block).values())
         row = (unit(model, name), adapters[0].kind + "s" * (len(adapters) > 1))
         rows[row] = rows.get(row, 0) + count(block.adapter.parameters())
-    rows.update({(name, "itself"): parameter.numel() for name, parameter in trainable.items()
-                 if name in model.peft_originals})
+    whole = model.peft_config.row.trains_base
+    for name, parameter in trainable.items():
+        if name in model.peft_originals:
+            row = (unit(model, name.rpartition(".")[0]) if whole else name, "itself")
+            rows[row] = rows.get(row, 0) + parameter.numel()
     base = size_of_base(model)
     table = PrettyTable(["module", "what trains", "parameters", "% of base"], align="r")
     table.align["module"] = table.align["what trains"] = "l"

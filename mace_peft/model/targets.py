@@ -172,16 +172,23 @@ def unit(model: nn.Module, name: str) -> str:
     return name
 
 
-def find_parameters(model: nn.Module, patterns: str | None) -> list[str]:
-    """Names of the base parameters that ``train_also`` names; not those of E0s, see ``trained_E0s``.
+def find_parameters(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Names of the base parameters that train: those that ``train_also`` names, or of ``full`` all.
 
-    Raises PeftError for a pattern that matches none.
+    They are without E0s, see ``trained_E0s``. Raises PeftError for a pattern that matches none, or names what trains
+    without it.
     """
-    wanted, E0s = split_patterns(patterns), blocks_of_E0s(model)
+    wanted, E0s = split_patterns(config.train_also), blocks_of_E0s(model)
+    others = {*E0s, *backbone_of(model).untrained}
     # those that hold something: in some models mace-torch 0.3.15 makes parameters of biases of no elements
-    names = [name for name, parameter in model.named_parameters() if parameter.numel() and name not in E0s]
+    names = [name for name, parameter in model.named_parameters() if parameter.numel() and name not in others]
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in (*names, *E0s)):
             raise PeftError(f"<train_also> {pattern!r:.200} matches no parameter of the model"
                             f"{did_you_mean(pattern, [*names, *E0s])}: use glob patterns such as 'readouts.*'")
+        if config.row.trains_base and not any(fnmatchcase(name, pattern) for name in E0s):
+            raise PeftError(f"<train_also> {pattern!r:.200} has no effect on {config.method}, which trains every "
+                            "parameter: leave it out")
+    if config.row.trains_base:
+        return names
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]

@@ -25,8 +25,9 @@ def accelerate(model: nn.Module, base: nn.Module, convert: Callable[[nn.Module],
     held = dict(accelerated.named_parameters())
     lost = [name for name in model.peft_originals if name not in held and model.get_parameter(name).numel()]
     if lost:
-        raise PeftError(f"{lost[0]} trains along, and cuEquivariance's layers hold it in another form: leave it out of "
-                        "<train_also>, or leave out --enable_cueq")
+        remedy = "" if model.peft_config.row.trains_base else "leave it out of <train_also>, or "
+        raise PeftError(f"{lost[0]} trains along, and cuEquivariance's layers hold it in another form: {remedy}leave "
+                        "out --enable_cueq")
     carry_over(adapted_blocks(model), base, accelerated)
     accelerated.peft_originals = dict.fromkeys(model.peft_originals)
     accelerated.__class__ = adapted_model_class(type(accelerated), model.peft_config)

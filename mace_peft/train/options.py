@@ -19,7 +19,7 @@ from mace_peft.train.learning_rates import mark_defaults
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
 OPTIONS = {
-    "peft": f"train adapters instead of the whole model; the method: {', '.join(METHODS)}",
+    "peft": f"train adapters instead of the whole model, or all of it by full; the method: {', '.join(METHODS)}",
     "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: the method's)",
     "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
     "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
