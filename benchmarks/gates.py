@@ -218,6 +218,18 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def run_cells(cells: list[dict], run: Callable[[dict, argparse.Namespace], dict], args: argparse.Namespace) -> dict:
+    """Run those whose key has the text of ``--only`` and that have no result in ``--out`` yet; all results, by key."""
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for cell in cells:
+        if key(cell) not in results and args.only in key(cell):
+            results[key(cell)] = run(cell, args)
+            print(json.dumps(results[key(cell)]), flush=True)
+            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
+            args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--foundation", type=Path, required=True, help="foundation model, float32")
@@ -226,14 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gates.json")
     parser.add_argument("--only", default="", help="cells whose key has this text")
     args = parser.parse_args()
-    for cell in cells():
-        results = json.loads(args.out.read_text()) if args.out.exists() else {}
-        if key(cell) not in results and args.only in key(cell):
-            results[key(cell)] = run(cell, args)
-            print(json.dumps(results[key(cell)]), flush=True)
-            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
-            args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    write_report(json.loads(args.out.read_text()))
+    write_report(run_cells(cells(), run, args))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ _PUBLIC = {
     "eject": "model.inject",
     "merge": "model.inject",
     "choose_ranks": "model.ranks",
+    "start_along_gradients": "model.ranks",
     "trainable_parameters": "model.adapted",
     "print_trainable_parameters": "model.summary",
     "disable_adapter": "model.strength",

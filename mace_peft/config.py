@@ -8,16 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 
 from mace_peft.errors import OPTIONS, PeftError, check_choice
-from mace_peft.methods import GATES, METHODS, Method
+from mace_peft.methods import GATES, METHODS, STARTS, Method
 
-DEFAULT_BUDGET = "5%"
 LONGEST_PATTERNS = 5000  # characters
 LARGEST = sys.float_info.max
 MOST_PATTERNS = 200
 RANKS = (lambda rank: 1 <= rank <= 10**6), "a whole number of at least 1, up to a million"
 # what a method lacks, on which the setting would act
 ACTS_ON = {"targets": "adapters", "rank": "rank", "budget": "rank", "rank_pattern": "rank", "alpha": "low-rank updates",
-           "gate": "gates", "init_std": "gates"}
+           "start": "low-rank updates", "gate": "gates", "init_std": "gates"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,15 @@ class PeftConfig:
     alpha: low-rank updates are scaled by alpha / rank; None means alpha = rank, as published.
     targets: where adapters go, and nothing else: a placement (``products``, ``linears``, ``published``, ``all``) or
         comma-separated glob patterns over the names of modules, or a list of them.
+    start: the first factor of low-rank updates at the start: ``published``, N(0, 1); ``fan-in``, N(0, 1 / rows); or
+        ``gradient``, along the first gradients of the training set, which a run finds, and ``start_along_gradients``.
     gate: ``bounded``: gains lie within fixed bounds, and an atom without neighbours keeps its energy; or ``exp``, as
         published: a gain is exp(g) (``mace_peft.methods.MMEA``).
     init_std: standard deviation of a gate's scalar shift at the start; 0 makes step 0 equal to the foundation.
     train_also: comma-separated glob patterns, or a list, over the names of base parameters that train along; with
         ``full``, of E0s alone.
-    budget: what the adapters of rank ``auto`` may train, as a number of parameters or a share of the base's: ``5%``.
+    budget: what the adapters of rank ``auto`` may train, as a number of parameters or a share of the base's, such
+        as ``5%``.
     rank_pattern: the ranks that were chosen, by module: ``{name: rank}``.
 
     Raises PeftError for a value outside these rules.
@@ -47,6 +49,7 @@ class PeftConfig:
     rank: int | str | None = None
     alpha: float | None = None
     targets: str | Sequence[str] | None = None
+    start: str | None = None
     gate: str | None = None
     init_std: float | None = None
     train_also: str | Sequence[str] | None = None
@@ -59,6 +62,7 @@ class PeftConfig:
             self.settle(name, joined(getattr(self, name)))
         check_effect(vars(self))
         defaults = {"targets": self.row.targets, "rank": self.row.rank if self.has_rank else None}
+        defaults |= {"start": self.row.start} if "start" in self.row.settings else {}
         defaults |= {"gate": GATES[0], "init_std": 0.0} if self.row.has_gates else {}
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -68,6 +72,8 @@ class PeftConfig:
                            "as published")
         if self.train_also is not None:
             check_patterns("<train_also>", self.train_also, "parameter", "such as 'readouts.*', or leave it out")
+        if self.start is not None:
+            check_choice("<start>", self.start, STARTS)
         if self.row.has_gates:
             check_choice("<gate>", self.gate, GATES)
             check_number("<init_std>", self.init_std, Real, lambda std: 0 <= std <= LARGEST, "a number from 0 up")
@@ -78,7 +84,7 @@ class PeftConfig:
     def check_rank(self) -> None:
         automatic = self.rank == "auto"
         if automatic:
-            self.settle("budget", check_budget(DEFAULT_BUDGET if self.budget is None else self.budget))
+            self.settle("budget", check_budget(self.row.budget if self.budget is None else self.budget))
         else:
             check_number("<rank>", self.rank, Integral, RANKS[0], f"{RANKS[1]}, or auto")
             self.settle("rank", int(self.rank))

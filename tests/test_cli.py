@@ -82,7 +82,7 @@ def share_of(trained):
 @pytest.mark.parametrize("path", ["mmea", "mmea.model"])
 def test_info_of_an_mmea_adapter(command, folder, path):
     said, modules = rows(command("info", path, "--trust"))
-    assert said["method"] == "mmea, rank 2, alpha 2, gate bounded"
+    assert said["method"] == "mmea, rank 2, alpha 2, start published, gate bounded"
     assert said["placement"] == "products" and said["trains along"] == "readouts.0.*"
     assert said["elements"] == "H C O" and said["heads"] == "Default" and said["class"] == "ScaleShiftMACE"
     assert said["foundation"] == FOUNDATION and said["fingerprint"] == fingerprint(tiny_mace())
@@ -107,7 +107,7 @@ def test_info_shows_the_ranks_that_were_chosen(command, tmp_path):
     ranks = {"products.0.linear": 3, "products.1.linear": 2}
     save_adapter(inject(tiny_mace(), PeftConfig("small", targets="products.*.linear", rank_pattern=ranks)), tmp_path)
     said = command("info", str(tmp_path))
-    assert "\nmethod       small, rank auto, alpha as the rank\n" in said
+    assert "\nmethod       small, rank auto, alpha as the rank, start published\n" in said
     cells = [line.split() for line in said.splitlines() if line.startswith("| products")]
     assert {module: int(rank) for _, module, _, _, _, rank, _ in cells} == ranks
 

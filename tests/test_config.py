@@ -8,7 +8,7 @@ import pytest
 
 from mace_peft import PeftConfig, PeftError
 
-METHODS = "use mmea or gates or elora or scales or elora+scales or small or full"
+METHODS = "use mmea or gates or elora or scales or elora+scales or small or best or full"
 PLACES = ["glob", "'interactions.*.linear'", "a placement"]
 # settings, what the message names: the setting, the value, and what to use instead
 REFUSED = [
@@ -54,6 +54,8 @@ REFUSED = [
     ({"rank_pattern": {"linear": 2}, "method": "scales"}, ["rank_pattern {'linear': 2}", "no rank", "leave it out"]),
     ({"alpha": 4, "method": "gates"}, ["alpha 4", "gates, which has no low-rank updates", "leave it out"]),
     ({"init_std": 0.1, "method": "elora"}, ["init_std 0.1", "elora, which has no gates", "leave it out"]),
+    ({"start": "zero", "method": "elora"}, ["start 'zero' is unknown", "use published or fan-in or gradient"]),
+    ({"start": "fan-in", "method": "gates"}, ["start fan-in", "gates, which has no low-rank updates", "leave it out"]),
     ({"gate": "exp", "method": "elora"}, ["gate exp", "elora, which has no gates", "leave it out"]),
     ({"gate": "exp", "method": "elora+scales"}, ["gate exp", "elora+scales, which has no gates", "leave it out"]),
     ({"targets": "all", "method": "full"}, ["targets all", "full, which has no adapters", "leave it out"]),
@@ -103,26 +105,28 @@ def test_on_the_command_line_settings_are_options():
 
 GATED = {"gate": "bounded", "init_std": 0.0}
 DEFAULTS = {  # those that are not None
-    "mmea": {"rank": 16, "alpha": 16.0, "targets": "published", **GATED},
+    "mmea": {"rank": 16, "alpha": 16.0, "targets": "published", "start": "published", **GATED},
     "gates": {"rank": 16, "targets": "all", **GATED},
-    "elora": {"rank": 16, "alpha": 16.0, "targets": "linears"},
+    "elora": {"rank": 16, "alpha": 16.0, "targets": "linears", "start": "published"},
     "scales": {"targets": "all"},
-    "elora+scales": {"rank": 16, "alpha": 16.0, "targets": "linears"},
-    "small": {"rank": "auto", "targets": "linears", "budget": "5%"},
+    "elora+scales": {"rank": 16, "alpha": 16.0, "targets": "linears", "start": "published"},
+    "small": {"rank": "auto", "targets": "linears", "budget": "5%", "start": "published"},
+    "best": {"rank": "auto", "targets": "linears", "budget": "20%", "start": "gradient"},
 }
+
+NOTHING = dict.fromkeys(("rank", "alpha", "targets", "start", "gate", "init_std", "train_also", "budget",
+                         "rank_pattern"))
 
 
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_defaults(method):
     """A setting that does not act on the method is None."""
-    nothing = dict.fromkeys(("rank", "alpha", "targets", "gate", "init_std", "train_also", "budget", "rank_pattern"))
-    assert PeftConfig(method).to_dict() == {"method": method, **nothing, **DEFAULTS[method]}
+    assert PeftConfig(method).to_dict() == {"method": method, **NOTHING, **DEFAULTS[method]}
 
 
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_None_is_the_default(method):
-    nothing = dict.fromkeys(("rank", "alpha", "targets", "gate", "init_std", "train_also", "budget", "rank_pattern"))
-    assert PeftConfig(method, **nothing) == PeftConfig(method)
+    assert PeftConfig(method, **NOTHING) == PeftConfig(method)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 32])

@@ -452,3 +452,20 @@ def test_an_operation_without_weights_gets_no_update(block):
 ], ids=lambda value: type(value).__name__)
 def test_repr_is_one_line_with_the_number_of_weights(block, weights):
     assert repr(adapt(block).adapter) == f"LowRank({weights} weights)"
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_start_along_the_gradient_is_its_leading_singular_vectors(rank):
+    """A (6, rank) of a gradient (6, 3) of rank 2: beyond these two, columns stay as they are drawn."""
+    parts = [Part("weight", 0, (6, 1, 1, 3), "all", divisor=4)]
+    torch.manual_seed(0)
+    adapter = LowRank(parts, {"weight": torch.zeros(18)}, rank=rank, alpha=rank).double()
+    drawn, left, right = adapter.A["all"].clone(), *(torch.randn(n, 2).double() for n in (6, 3))
+    gradient = left @ right.T
+    adapter.start_along({"weight": gradient.flatten()})
+    A = adapter.A["all"].detach()
+    leading = torch.linalg.eigh(gradient @ gradient.T)[1][:, [5, 4]]  # of the largest eigenvalues
+    overlap = (leading.T @ A[:, :2]).abs() * 4
+    torch.testing.assert_close(overlap, torch.eye(2).double())
+    torch.testing.assert_close(A[:, 2:], drawn[:, 2:])
+    assert not adapter.B["all"].any()

@@ -30,6 +30,7 @@ from mace_peft import (
 )
 from mace_peft.inspect.figures import plot
 from mace_peft.inspect.info import info
+from mace_peft.model.ranks import start_along_gradients
 from mace_peft.model.targets import find_targets
 from mace_peft.train.options import read_settings
 from mace_peft.train.start import settings_from
@@ -45,11 +46,15 @@ CASES = {
 every = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
 
-def differentiate(model):
-    """The gradients of MACE's loss."""
+def loss_of(model):
     structures = loaded(model, configurations(4))
     output = model(structures.to_dict(), training=True, compute_force=True)
-    WeightedEnergyForcesLoss(1.0, 100.0)(pred=output, ref=structures).backward()
+    return WeightedEnergyForcesLoss(1.0, 100.0)(pred=output, ref=structures)
+
+
+def differentiate(model):
+    """The gradients of MACE's loss."""
+    loss_of(model).backward()
 
 
 @functools.cache
@@ -119,6 +124,28 @@ def test_labelled_structures_are_chosen_from():
     assert choose_ranks(model, config, structures, forces_key="forces") == expected
     assert all("forces" not in atoms.arrays for atoms in structures)
     inject(model, expected)
+
+
+@every
+def test_a_start_along_the_gradients_lowers_the_loss_most(config):
+    """A small step of B alone, down its own gradient: the loss falls by more than from the random start."""
+    def fallen(model):
+        before = loss_of(model)
+        parameters = [parameter for name, parameter in model.named_parameters() if ".B." in name]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(before, parameters), strict=True):
+            parameter.data -= 1e-9 * gradient
+        return (before - loss_of(model)).item()
+
+    model = inject(tiny_mace(), chosen(config))
+    drawn = copy.deepcopy(model)
+    assert start_along_gradients(model, differentiate) is model
+    assert_equal(predict(model, configurations(1)), predict(tiny_mace(), configurations(1)))
+    changed = {name for name, tensor in trainable_parameters(model).items()
+               if not torch.equal(tensor, trainable_parameters(drawn)[name])}
+    assert all(".A." in name for name in changed) and bool(changed) == (config.method != "gates")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if changed:
+        assert fallen(model) > 1.05 * fallen(drawn) > 0
 
 
 def gradients(**given):

@@ -492,6 +492,18 @@ def test_alpha_and_rank_reach_the_model(inputs):
     assert all(min(parameter.shape) == 2 for parameter in linear.adapter.parameters())
 
 
+def test_the_start_reaches_the_model(inputs):
+    """Random columns; the same, shorter; and singular vectors, which are orthogonal and of length 1."""
+    options = {"peft": "elora", "peft_rank": 2, "peft_targets": "interactions.1.linear_up"}
+    published, fan_in, gradient = (
+        reach_training(inputs, **options, peft_start=start)["model"].interactions[1].linear_up.adapter.A
+        for start in ("published", "fan-in", "gradient"))
+    for key, A in published.items():
+        torch.testing.assert_close(fan_in[key], A / len(A) ** 0.5)
+        torch.testing.assert_close(gradient[key].T @ gradient[key], torch.eye(2, dtype=A.dtype))
+        assert abs(A.T @ A - len(A) * torch.eye(2, dtype=A.dtype)).max() > 0.1
+
+
 def test_init_std_reaches_the_model(inputs):
     options = {"peft": "mmea", "peft_rank": 4, "peft_targets": "products.0"}
     start = reach_training(inputs, **options)["model"].products[0].adapter.W0

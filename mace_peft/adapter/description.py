@@ -59,8 +59,8 @@ ORIGIN = {"name": (NAME, None), "fingerprint": SHA256}
 FIELDS = {
     "format": int,
     "peft": {"method": NAME, "rank": (RANK, "auto", None), "alpha": (float, None), "targets": (PATTERNS, None),
-             "gate": (NAME, None), "init_std": (float, None), "train_also": (PATTERNS, None), "budget": (NAME, None),
-             "rank_pattern": (AtMost(5000, {NAME: RANK}), None)},
+             "start": (NAME, None), "gate": (NAME, None), "init_std": (float, None), "train_also": (PATTERNS, None),
+             "budget": (NAME, None), "rank_pattern": (AtMost(5000, {NAME: RANK}), None)},
     "foundation": (ORIGIN, ORIGIN | {"head": (NAME, None)}),
     "backbone": NAME,
     "model_class": NAME,

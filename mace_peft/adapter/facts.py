@@ -19,7 +19,7 @@ def facts(description: dict, sizes: dict[str, int]) -> dict[str, str]:
     config, foundation = description["peft"], description["foundation"]
     row = METHODS[config["method"]]
     shown = {"rank": config["rank"], "alpha": "as the rank" if config["alpha"] is None else f"{config['alpha']:g}",
-             "gate": config["gate"]}
+             "start": config["start"], "gate": config["gate"]}
     settings = [f"{name} {value}" for name, value in shown.items() if name in row.settings]
     along = "every parameter" if row.trains_base else None, config["train_also"]
     trained, base = sum(sizes.values()), description["base_parameters"]

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mace_peft.methods.adapter import Adapter, Full
-from mace_peft.methods.low_rank import LowRank
+from mace_peft.methods.low_rank import STARTS, LowRank
 from mace_peft.methods.mmea import GATES, MMEA
 from mace_peft.methods.scales import ScaledLowRank, Scales
 from mace_peft.methods.weights import Part, assemble, join, matrices, matrix_shapes
 
-__all__ = ["GATES", "METHODS", "MMEA", "Adapter", "Full", "LowRank", "Method", "Part", "ScaledLowRank", "Scales",
-           "assemble", "empty_adapter", "join", "matrices", "matrix_shapes"]
+__all__ = ["GATES", "METHODS", "MMEA", "STARTS", "Adapter", "Full", "LowRank", "Method", "Part", "ScaledLowRank",
+           "Scales", "assemble", "empty_adapter", "join", "matrices", "matrix_shapes"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Method:
         a placement on to what it is made of. A method without any trains all parameters of the base.
     targets: the default placement; None where it has none.
     lr: the learning rate that was best for it where rates were swept (docs/results.md).
-    rank: the default rank; None where it has none.
+    rank: the default rank; None where it has none. budget: the default of rank ``auto``.
+    start: how low-rank updates begin unless given (``LowRank``).
     paper: a link to what to cite for it, in Markdown.
     """
 
@@ -34,6 +35,8 @@ class Method:
     targets: str | None
     lr: float
     rank: int | str | None = 16
+    budget: str = "5%"
+    start: str = STARTS[0]
     paper: str | None = None
 
     @property
@@ -72,6 +75,9 @@ METHODS = {
 # what did best with 5 % of the base's parameters
 METHODS["small"] = Method("small", METHODS["elora+scales"].adapters, "linears", 0.02, rank="auto",
                           paper=PAPERS["ELoRA"])
+# what did best with 20 %, and what is left of it at 1 %
+METHODS["best"] = Method("best", METHODS["elora"].adapters, "linears", 0.02, rank="auto", budget="20%",
+                         start="gradient", paper=PAPERS["ELoRA"])
 METHODS["full"] = Method("full fine-tuning", {}, None, 0.005, rank=None)
 
 

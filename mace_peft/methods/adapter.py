@@ -60,6 +60,10 @@ class Adapter(nn.Module):
         """Matrices whose leading singular values say what each rank gains, from the gradients of the weights."""
         return [gradient for _, gradient in self.low_rank_updates(gradients).values()]
 
+    def start_along(self, gradients: dict[str, Tensor]) -> None:
+        """Begin where the gradients of the weights say, which have the weights' names and shapes; as it is unless the
+        adapter can."""
+
     def __reduce_ex__(self, protocol):
         if not type(self).__module__.startswith("mace_peft."):  # a method that another package brings
             return super().__reduce_ex__(protocol)

@@ -58,5 +58,8 @@ class ScaledLowRank(Adapter):
     def low_rank_updates(self, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         return self.low_rank.low_rank_updates(weights)
 
+    def start_along(self, gradients: dict[str, Tensor]) -> None:
+        self.low_rank.start_along(gradients)
+
     def gains(self) -> Tensor:
         return self.scales.gains()

@@ -1,4 +1,4 @@
-"""``--peft_rank auto``: the rank of each module, from the gradients that the training set gives at the start.
+"""``--peft_rank auto``: the rank of each module, and where its update begins, from the first gradients.
 
 The gradient G of a weight says what a small update of it gains: one of rank r at most the r largest singular values of
 G. Of MMEA's gates, G is the gradient of the last layer of a wide gate. Ranks grow one by one, each time where the next
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from ase import Atoms
 from prettytable import PrettyTable
-from torch import nn
+from torch import Tensor, nn
 
 from mace_peft.backbones import backbone_of
 from mace_peft.blocks.adapted import Adapted, Updated, adapted_blocks, adapters_of, weights_of
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
+from mace_peft.model.adapted import check_adapted
 from mace_peft.model.inject import inject
 from mace_peft.model.targets import Target, find_targets
 
@@ -87,6 +88,35 @@ def choose_ranks(model: nn.Module, config: PeftConfig, data: Sequence[Atoms] | C
     return dataclasses.replace(config, rank_pattern=shared[0])
 
 
+def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn.Module], None], *,
+                          forces_key: str | None = None) -> nn.Module:
+    """Let the low-rank updates of an adapted model begin where its first gradients point. Returns the model.
+
+    That is the start ``gradient``. The model predicts what it predicted; gates and scales stay as they are. data: as
+    for ``choose_ranks``. Raises PeftError if the model has no adapters, and as ``choose_ranks`` does for structures and
+    gradients.
+    """
+    check_adapted(model)
+    differentiate = data if callable(data) else learn_forces(model, data, forces_key)
+    probed = copy.deepcopy(model).requires_grad_(True)
+    differentiate(probed)
+    blocks = adapted_blocks(model)
+    for name, block in adapted_blocks(probed).items():
+        if isinstance(block, Updated):
+            blocks[name].adapter.start_along(gradients_of(name, weights_of(block, block.adapter.names)))
+    return model
+
+
+def gradients_of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of tensors of the module of that name, zero where the loss did not reach. Raises PeftError for
+    those that are not finite."""
+    found = {key: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for key, tensor in tensors.items()}
+    if not all(gradient.isfinite().all() for gradient in found.values()):
+        raise PeftError(f"the gradient at {name} is not finite, so that no rank and no start can be chosen: check the "
+                        "labels of the training set")
+    return found
+
+
 def learn_forces(model: nn.Module, structures: Sequence[Atoms], key: str | None) -> Callable[[nn.Module], None]:
     """What leaves the gradients of MACE's loss of forces in a model, from an even part of the structures.
 
@@ -149,11 +179,7 @@ def singular_values(name: str, block: Adapted) -> list[float]:
     found = []
     for adapter in adapters_of(block).values():
         tensors = weights_of(block, adapter.names) if isinstance(block, Updated) else dict(adapter.named_parameters())
-        found += adapter.gradients_by_rank({key: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                                            for key, tensor in tensors.items()})
-    if not all(gradient.isfinite().all() for gradient in found):
-        raise PeftError(f"the gradient at {name} is not finite, so that no rank can be chosen: check the labels of the "
-                        "training set")
+        found += adapter.gradients_by_rank(gradients_of(name, tensors))
     summed = torch.zeros(max(min(gradient.shape) for gradient in found), dtype=torch.float64)
     for gradient in found:
         values = torch.linalg.svdvals(gradient.cpu().double())  # mps has no doubles

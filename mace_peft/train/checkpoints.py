@@ -149,7 +149,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
         if "peft" not in checkpoint:
             raise PeftError(f"the checkpoint {path} was made without --peft: restart without --peft, or give this run "
                             "another --name")
-        made = PeftConfig(**{**checkpoint["peft"], "init_std": self.config.init_std})
+        made = PeftConfig(**{**checkpoint["peft"], "init_std": self.config.init_std, "start": self.config.start})
         if made != self.config:
             raise PeftError(f"the checkpoint {path} was made with {made.options()}, and this run asks for "
                             f"{self.config.options()}: {REMEDY}")
@@ -237,7 +237,7 @@ def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | 
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         if "peft" not in checkpoint:
             return None  # whoever loads it says so
-        made = PeftConfig(**{**checkpoint["peft"], "init_std": config.init_std})
+        made = PeftConfig(**{**checkpoint["peft"], "init_std": config.init_std, "start": config.start})
     except Exception as error:  # a damaged file fails in many ways
         raise PeftError(f"the checkpoint {path} has no ranks that can be read ({one_line(error)}): delete it to "
                         "restart from the one before, or from the start") from None

@@ -18,7 +18,7 @@ from mace_peft.files import complete
 from mace_peft.inspect.gain_ranges import gain_ranges
 from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
-from mace_peft.model.ranks import choose_ranks
+from mace_peft.model.ranks import choose_ranks, start_along_gradients
 from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
 from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
@@ -154,10 +154,12 @@ class FineTune:
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [self.reading.given(head) for head in heads])
         self.start.config = let_fitted_E0s_train(self.start.config, args, self.reading.E0s.values())
+        look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
         if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
-            look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
             self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
         new = go_on(model, self.start.config, self.start.foundation, adapted)
+        if self.start.config.start == "gradient" and adapted is None:
+            start_along_gradients(model, look)
         self.model = self.plain = fast_messages(model) if self.fast else model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         settle_rates(args, self.start.config.row)

@@ -25,6 +25,8 @@ OPTIONS = {
     "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
     "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
                     "module names (default: the method's)",
+    "peft_start": "first factor of low-rank updates at the start: published, N(0, 1); fan-in, N(0, 1 / rows); or "
+                  "gradient, along the first gradients of the training set (default: the method's)",
     "peft_gate": "gain of a gate: bounded, or exp as published (default: bounded)",
     "peft_init_std": "std of a gate's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",

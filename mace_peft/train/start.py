@@ -105,7 +105,7 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
 
     Raises PeftError for another value of one that shapes the adapters.
     """
-    for name in ("method", "rank", "budget", "alpha", "gate", "init_std"):
+    for name in ("method", "rank", "budget", "alpha", "start", "gate", "init_std"):
         held = getattr(adapter, name)
         if name not in given or given[name] == held:
             continue
