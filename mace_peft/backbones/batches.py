@@ -14,14 +14,19 @@ from mace_peft.errors import PeftError
 def batches(model: nn.Module, configurations: Sequence[Configuration], size: int) -> Iterator[Batch]:
     """The configurations in batches of that size, as MACE's data loaders give them, in the model's dtype and on its
     device."""
-    table, heads = AtomicNumberTable(model.atomic_numbers.tolist()), getattr(model, "heads", None)
     device = next(model.parameters()).device
     for start in range(0, len(configurations), size):
         with default_dtype_of(model):
-            graphs = [AtomicData.from_config(configuration, table, float(model.r_max), heads=heads)
-                      for configuration in configurations[start : start + size]]
-            batch = Batch.from_data_list(graphs)
+            batch = Batch.from_data_list(graphs(model, configurations[start : start + size]))
         yield batch.to(device)
+
+
+def graphs(model: nn.Module, configurations: Sequence[Configuration]) -> list[AtomicData]:
+    """The configurations with their neighbours, in the model's dtype, on the CPU."""
+    table, heads = AtomicNumberTable(model.atomic_numbers.tolist()), getattr(model, "heads", None)
+    with default_dtype_of(model):
+        return [AtomicData.from_config(configuration, table, float(model.r_max), heads=heads)
+                for configuration in configurations]
 
 
 def check_elements(numbers: Iterable[int], known: Collection[int], who: str) -> None:

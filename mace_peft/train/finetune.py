@@ -6,6 +6,7 @@ import logging
 import types
 
 import torch
+from ase import Atoms
 from torch import nn
 
 from mace_peft import labels
@@ -25,6 +26,7 @@ from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
 from mace_peft.train.data import datasets
 from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
+from mace_peft.train.data.kept import kept_structures
 from mace_peft.train.data.reading import Reading
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import differentiate, reach_all
@@ -32,10 +34,12 @@ from mace_peft.train.learning_rates import settle_rates
 from mace_peft.train.loop import train
 from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.parameter_groups import trained_groups
 from mace_peft.train.record import Record
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
+from mace_peft.train.self_replay import SelfReplay
 from mace_peft.train.start import Start, check_heads, go_on, let_fitted_E0s_train
 
 
@@ -59,6 +63,7 @@ class FineTune:
         self.loss: nn.Module | None = None
         self.model: nn.Module | None = None  # what trains
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
+        self.kept: list[Atoms] | None = None  # the structures of --peft_keep
         self.checkpoints: AdapterCheckpointHandler | None = None
         self.losses = FiniteLosses(self.original)
         self.reading = Reading(self.original, args, start.check_known)
@@ -137,6 +142,7 @@ class FineTune:
         foundation = self.chosen_head(foundation.to(torch.get_default_dtype()), head_configs)
         adapted = foundation if is_adapted(foundation) else self.start.adapted
         self.reading.check_tests(z_table, heads)
+        self.kept = None if args.peft_keep is None else kept_structures(args.peft_keep, z_table.zs)
         if adapted is not None:
             check_heads(heads, adapted)
         if adapted is foundation:
@@ -191,15 +197,8 @@ class FineTune:
         return self.result()
 
     def get_params_options(self, args, model: nn.Module) -> dict:
-        """MACE's parameter groups without what is frozen, and a group for what trains and has none there."""
         options = self.original.get_params_options(args, model)
-        left = {id(parameter): parameter for parameter in trainable_parameters(model).values()}
-        for group in options["params"]:
-            group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
-        groups = [group for group in options["params"] if group["params"]]
-        if left:
-            groups.append({"name": "other", "params": list(left.values()), "weight_decay": 0.0})
-        return {**options, "params": groups}
+        return {**options, "params": trained_groups(options["params"], model)}
 
     def ExponentialMovingAverage(self, parameters, **kwargs):
         return self.original.ExponentialMovingAverage(trainable_parameters(self.model).values(), **kwargs)
@@ -222,9 +221,11 @@ class FineTune:
 
     def train(self, **arguments) -> None:
         """The training; at its end its results are saved, so that nothing that fails after it can cost them."""
-        progress = train(self.checkpoints, self.args.restart_latest, **arguments)
-        self.results.record = Record(self.args, self.start, self.reading.heads, self.checkpoints,
-                                     types.SimpleNamespace(**arguments))
+        run = types.SimpleNamespace(**arguments)
+        replay = None if self.kept is None else SelfReplay(
+            self.kept, self.model, self.plain, run.loss_fn, self.args, run.train_loader.batch_size)
+        progress = train(self.checkpoints, self.args.restart_latest, self_replay=replay, **arguments)
+        self.results.record = Record(self.args, self.start, self.reading.heads, self.checkpoints, run)
         for stage_two in (False, True)[:len(progress.stages)]:
             if arguments["rank"] == 0:
                 with self.checkpoints.result_in(self.model, stage_two):

@@ -16,8 +16,9 @@ import torch
 from mace.tools import CheckpointState
 
 from mace_peft.adapter.description import versions
+from mace_peft.errors import PeftError
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.checkpoints import AdapterCheckpointHandler, holding
+from mace_peft.train.checkpoints import REMEDY, AdapterCheckpointHandler, holding
 from mace_peft.train.progress import Progress, Stage
 from mace_peft.train.stage_two import forget, warm_up
 from mace_peft.train.timing import timed
@@ -29,7 +30,8 @@ steps = importlib.import_module("mace.tools.train")  # MACE binds that name to a
 def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> Progress:
     """Train from the start, or from where the run of the checkpoints was.
 
-    arguments: those of ``mace.tools.train.train``. Raises PeftError for checkpoints that do not fit the run.
+    arguments: those of ``mace.tools.train.train``, and ``self_replay``, the structures that are kept, or None. Raises
+    PeftError for checkpoints that do not fit the run.
     """
     run = types.SimpleNamespace(**arguments)
     run.state = CheckpointState(run.model, run.optimizer, run.lr_scheduler)
@@ -46,8 +48,11 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
     resumed = progress is not None
     if not resumed:
         start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(run.model).items()}
-        progress = Progress(start, [Stage(loss)], loss=loss)
+        progress = Progress(start, [Stage(loss)], loss=loss, kept=None if run.self_replay is None else 0)
     checkpoints.progress = progress
+    if (progress.kept is None) != (run.self_replay is None):
+        raise PeftError(f"the checkpoints in {checkpoints.io.directory} were made "
+                        f"{'without' if progress.kept is None else 'with'} --peft_keep: {REMEDY}")
     if resumed:
         measure_again(run, checkpoints, loss)
         progress.stopped = progress.stopped and progress.waited >= run.patience
@@ -101,13 +106,18 @@ def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandle
     schedule_free = hasattr(run.optimizer, "eval")
     if schedule_free:
         run.optimizer.train()
-    loss_fn = loss_function(run, progress.in_stage_two)
+    loss_fn = loss_of_steps = loss_function(run, progress.in_stage_two)
+    if run.self_replay is not None:
+        run.self_replay.taken = progress.kept
+        loss_of_steps = run.self_replay.beside(loss_fn)
     rises = progress.in_stage_two and not isinstance(run.optimizer, torch.optim.LBFGS)  # which chooses its own steps
     with warm_up(run.optimizer) if rises else contextlib.nullcontext():
         steps.train_one_epoch(
-            model=run.model, loss_fn=loss_fn, data_loader=run.train_loader, optimizer=run.optimizer, epoch=epoch,
+            model=run.model, loss_fn=loss_of_steps, data_loader=run.train_loader, optimizer=run.optimizer, epoch=epoch,
             output_args=run.output_args, max_grad_norm=run.max_grad_norm, ema=run.ema, logger=run.logger,
             device=run.device, distributed=run.distributed, distributed_model=run.distributed_model, rank=run.rank)
+    if run.self_replay is not None:
+        progress.kept = run.self_replay.taken
     wait_for_others(run)
     last = {run.max_num_epochs - 1, *([] if run.swa is None else [run.swa.start - 1])}  # of a stage
     evaluated = epoch % run.eval_interval == 0 or epoch in last
@@ -117,6 +127,8 @@ def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandle
             run.optimizer.eval()
         with averaged(run):
             loss = validate(run, epoch, loss_fn)
+            if run.self_replay is not None and run.rank == 0:
+                run.self_replay.tell(epoch)
             if run.plotter and epoch % run.plotter.plot_frequency == 0:
                 run.plotter.plot(epoch, evaluated_model(run), run.rank)
         saved = progress.take(loss, checkpoints.file(epoch, progress.in_stage_two)) or run.save_all_checkpoints

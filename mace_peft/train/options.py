@@ -3,6 +3,7 @@
 import argparse
 import glob
 import importlib.util
+import math
 import os
 import stat
 import sys
@@ -31,6 +32,9 @@ OPTIONS = {
     "peft_init_std": "std of a gate's scalar shift at the start; 0 starts as the foundation (default: 0)",
     "peft_train_also": "comma-separated glob patterns of base parameters that train along, such as 'readouts.*'",
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
+    "peft_keep": "keep what the foundation predicts for other structures, some of which each step takes: an extended "
+                 "XYZ file, whose labels are not read, or auto: molecules and crystals of the run's elements",
+    "peft_keep_weight": "weight of their loss, beside 1 for the training set (default: 1)",
     "peft_fast": "False: the arithmetic of MACE itself, which gives the same numbers in more time (default: True)",
 }
 # options of MACE that cannot go with --peft, and why
@@ -40,6 +44,7 @@ CONFLICTS = {
     "les_arguments": "LES keeps the settings of the foundation: leave it out",
     "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
+OF_TRAINING = ("peft_keep", "peft_keep_weight")  # they shape no adapters, and the training takes them from args
 # --model values that take the foundation's blocks over: class of the model that MACE makes then
 MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
 
@@ -71,7 +76,8 @@ def read_settings(args: argparse.Namespace) -> dict | None:
         name, value = next(iter(given.items()))
         raise PeftError(f"--{name} {value} has no effect without --peft: add --peft with one of {', '.join(METHODS)}")
     check_choice("<method>", given["peft"], METHODS)
-    settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()}}
+    settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()
+                                                if name not in OF_TRAINING}}
     check_effect(settings)
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings and settings[name] != "auto":
@@ -123,6 +129,29 @@ def check_options(args: argparse.Namespace) -> None:
         check_free(adapter_directory(args, stage))
     check_names_free(args)
     check_start_stays(args)
+    check_keep(args)
+
+
+def check_keep(args: argparse.Namespace) -> None:
+    """Put plain values of ``OF_TRAINING``, and the default, into the arguments. Raises PeftError for others."""
+    source, weight = (getattr(args, name, None) for name in OF_TRAINING)
+    args.peft_keep, args.peft_keep_weight = None if source is None else str(source), None
+    if source is None:
+        if weight is not None:
+            raise PeftError(f"--peft_keep_weight {weight} has no effect without --peft_keep: add it, with a file of "
+                            "structures or auto, or leave the weight out")
+        return
+    try:
+        args.peft_keep_weight = float(str(1.0 if weight is None else weight))
+    except ValueError:
+        args.peft_keep_weight = math.nan
+    if not 0 < args.peft_keep_weight < math.inf:
+        raise PeftError(f"--peft_keep_weight {weight} is not a number above 0: give one, such as 1")
+    if args.peft_keep != "auto" and not os.path.exists(args.peft_keep):
+        raise PeftError(f"--peft_keep {args.peft_keep} does not exist: check the path, or use auto")
+    if args.lbfgs:
+        raise PeftError(f"--peft_keep {args.peft_keep} cannot go with --lbfgs, whose steps need one and the same loss, "
+                        "not one of other structures each time: leave out one of them")
 
 
 def settle_cueq(args: argparse.Namespace) -> None:

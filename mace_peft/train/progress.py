@@ -31,7 +31,7 @@ class Progress:
 
     weights: what trains, by name, as it was before the first epoch; stages: one or two; epoch: the next; loss: of the
     last validation; waited: validations since the best one of the stage; stopped: whether ``--patience`` has ended the
-    training.
+    training; kept: structures of ``--peft_keep`` that the steps have taken, None without.
     """
 
     weights: dict[str, torch.Tensor]
@@ -40,6 +40,7 @@ class Progress:
     loss: float = math.inf
     waited: int = 0
     stopped: bool = False
+    kept: int | None = None
 
     @classmethod
     def from_dict(cls, held: dict) -> "Progress":

@@ -20,7 +20,7 @@ from mace_peft.train.start import Start
 OPTIONS = ("lr", "swa", "start_swa", "swa_lr", "batch_size", "max_num_epochs", "optimizer", "lbfgs",
            "weight_decay", "clip_grad", "scheduler", "lr_scheduler_gamma", "lr_factor", "scheduler_patience", "ema",
            "ema_decay", "seed", "error_table")
-IF_GIVEN = ("patience", "config_type_weights", "weight_pt_head")
+IF_GIVEN = ("patience", "config_type_weights", "weight_pt_head", "peft_keep", "peft_keep_weight")
 
 
 class Record:
@@ -87,6 +87,8 @@ class Record:
         default = build_default_arg_parser().get_default
         said = {name: getattr(self.args, name, None) for name in (*OPTIONS, *IF_GIVEN)
                 if name not in without_effect(self.args)}
+        if said["peft_keep"] is not None:
+            (said["peft_keep"],) = names_of(said["peft_keep"])
         return {
             "date": datetime.date.today().isoformat(),
             "heads": {config.head_name: self.data_of(config) for config in self.heads},
