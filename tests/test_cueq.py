@@ -136,7 +136,8 @@ def test_updates_do_not_go_to_cuequivariance_unmerged(method, targets):
 # --- mace_run_train ---------------------------------------------------------------------------------------------------
 
 CASES = {
-    "enable_cueq": {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_train_also": "readouts.*"},
+    "enable_cueq": {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "peft_train_also": "readouts.*",
+                    "peft_keep": "auto", "peft_keep_weight": 100},
     "only_cueq": {"peft": "elora", "peft_rank": 2, "peft_targets": "published"},
 }
 FLAGS, OPTIONS = ("--ema", "--swa"), {"start_swa": 1, "max_num_epochs": 2}

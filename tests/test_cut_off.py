@@ -26,6 +26,7 @@ CASES = {
     "patience": (["--swa", "--ema"], {"patience": 1, "start_swa": 3, "lr": 0.1, "swa_lr": 0.1}),
     "worse than the start": (["--ema"], {"lr": 1.0}),
     "replay of two heads": ([], {"heads": True}),
+    "what is kept": (["--swa", "--ema"], {"start_swa": 2, "peft_keep": "auto", "peft_keep_weight": 5}),
 }
 
 

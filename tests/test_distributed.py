@@ -283,6 +283,23 @@ def test_a_loss_that_misses_adapters_trains_the_others(pair, tmp_path):
     assert len({tensor.shape[-1] for name, tensor in first.items() if ".low_rank.A." in name}) > 1
 
 
+def test_two_processes_keep_what_one_does_with_twice_the_batch_size(tmp_path):
+    """With a loss that misses parameters, which the structures that are kept may reach all the same."""
+    runs = []
+    for size in (2, 1):
+        folder = write_inputs(tmp_path / f"size{size}")
+        ase.io.write(folder / "kept.xyz", [*configurations(6, "CH4", seed=5), *configurations(6, "CO2", seed=6)])
+        runs.append(distribute(folder, size, **PEFT, peft_keep=folder / "kept.xyz", peft_keep_weight=1e4,
+                               loss="forces_only", whole=False))
+        assert set(runs[-1].codes) == {0}, runs[-1].said("stderr")
+    first, second = runs[0].trained()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert_close(first, runs[1].trained()[0])
+    moved = [[line for line in (run.folder / "logs/run_run-1.log").read_text().splitlines() if "have moved" in line]
+             for run in runs]
+    assert len(moved[0]) == len(moved[1]) == 2
+
+
 def assert_all_refuse(run: Ranks, words: str) -> None:
     assert run.codes == (2, 2)
     first, second = run.said("stderr")

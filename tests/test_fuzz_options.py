@@ -29,7 +29,7 @@ from mace_peft.backbones.foundation import load_foundation
 from mace_peft.methods import METHODS
 from mace_peft.model.adapted import is_adapted
 from mace_peft.train import plugin, start
-from mace_peft.train.options import OPTIONS
+from mace_peft.train.options import OF_TRAINING, OPTIONS
 
 cases = settings(deadline=None, derandomize=True, database=None)
 
@@ -49,6 +49,8 @@ SENSIBLE = {
     "peft_init_std": ["0", "0.01"],
     "peft_train_also": ["readouts.*", "*", "node_embedding.*, products.*.weight", ""],
     "peft_adapter": PATHS[:3],
+    "peft_keep": ["auto", "train.xyz"],
+    "peft_keep_weight": ["1", "0.5", "1e3"],
     "peft_fast": ["True", "False"],
 }
 ODD = [
@@ -148,7 +150,7 @@ def check_message(text: str, parsed: bool) -> None:
 def check_settings(config: PeftConfig, args) -> None:
     """The settings are those that were given, as the type that the option has."""
     for name in OPTIONS:
-        if name not in ("peft_adapter", "peft_fast") and hasattr(args, name):
+        if name not in ("peft_adapter", "peft_fast", *OF_TRAINING) and hasattr(args, name):
             held = getattr(config, "method" if name == "peft" else name.removeprefix("peft_"))
             assert held == NUMBERS.get(name, str)(getattr(args, name))
 
@@ -181,8 +183,8 @@ def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
     seen = collections.Counter()
     odd = zip(itertools.cycle(EACH_METHOD), ODD)  # noqa: B905  each value once, and each method often
     for method, value in [*odd, *itertools.product(EACH_METHOD, SENSIBLE[name])]:
-        automatic = [("peft_rank", "auto")] * (name == "peft_budget")
-        args, fine_tune = read(front, [*method, *automatic, (name, value)], {}, {})
+        needed = {"peft_budget": [("peft_rank", "auto")], "peft_keep_weight": [("peft_keep", "auto")]}.get(name, [])
+        args, fine_tune = read(front, [*method, *needed, (name, value)], {}, {})
         if args is not None:
             check_settings(fine_tune.start.config, args)
         seen[args is not None] += 1

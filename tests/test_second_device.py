@@ -12,7 +12,7 @@ from mace_peft.inspect.compare import compare
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = {
     "published": {"peft": "mmea", "peft_rank": 2, "peft_targets": "published"},
-    "all": {"peft": "gates", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*"},
+    "all": {"peft": "gates", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*", "peft_keep": "auto"},
     "small": {"peft": "small", "peft_budget": "20%"},
 }
 
@@ -53,4 +53,4 @@ def test_a_run_on_cuequivariance(tmp_path):
     write_inputs(tmp_path, foundation=tiny_mace(max_ell=1))
     with second_device():
         train_here(tmp_path, device="cuda", peft="elora", peft_rank=2, peft_targets="products", enable_cueq=True,
-                   max_num_epochs=1)
+                   max_num_epochs=1, peft_keep="auto")
