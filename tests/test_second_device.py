@@ -12,7 +12,8 @@ from mace_peft.inspect.compare import compare
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = {
     "published": {"peft": "mmea", "peft_rank": 2, "peft_targets": "published"},
-    "all": {"peft": "gates", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*", "peft_keep": "auto"},
+    "all": {"peft": "gates", "peft_rank": 2, "peft_targets": "all", "peft_train_also": "readouts.*",
+            "peft_keep": "auto"},
     "small": {"peft": "small", "peft_budget": "20%"},
 }
 

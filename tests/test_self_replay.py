@@ -17,6 +17,7 @@ from tiny import configurations, predict, randomise, tiny_mace
 import mace_peft
 from mace_peft import PeftConfig, PeftError, inject, trainable_parameters
 from mace_peft.inspect.info import info
+from mace_peft.methods import METHODS
 from mace_peft.model.isolated import E0S
 from mace_peft.train.data import kept as kept_module
 from mace_peft.train.data.kept import kept_structures, made_of
@@ -87,6 +88,19 @@ def test_the_loss_is_that_of_its_equation(models):
     assert kept.next_loss().item() == pytest.approx(W * (WE * energy + WF * force), rel=1e-9)
     held = np.concatenate([np.linalg.norm(now[1][i] - base[1][i], axis=1) for i in (0, 10)])
     assert kept.moved() == pytest.approx(held.mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_like_the_foundation_has_no_loss_and_what_is_learnt_has_one(double_precision, method):
+    config = PeftConfig(method, rank=None if method == "scales" else 2)
+    model = inject(tiny_mace(interactions=1), config)
+    kept = replay(model)
+    assert kept.next_loss().item() < 1e-20
+    kept = replay(randomise(model, scale=0.1))
+    loss = kept.next_loss()
+    loss.backward()
+    gradients = [parameter.grad for parameter in trainable_parameters(model).values() if parameter.grad is not None]
+    assert loss > 1e-6 and any(gradient.any() for gradient in gradients)
 
 
 def test_E0s_that_train_along_do_not_enter(double_precision):
