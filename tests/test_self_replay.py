@@ -43,7 +43,7 @@ def interaction(model, structures: list[Atoms]) -> tuple[list[float], list[np.nd
     column = {number: i for i, number in enumerate(model.atomic_numbers.tolist())}
     energies, forces = [], []
     for number, atoms in enumerate(structures):
-        head = number % len(model.heads)
+        head = (number + number // 10) % len(model.heads)  # of both those that are kept and those that are held out
         labelled = atoms.copy()
         labelled.info["head"] = model.heads[head]
         energy, force = predict(model, [labelled])
@@ -117,10 +117,14 @@ def test_E0s_that_train_along_do_not_enter(double_precision):
     assert kept.next_loss().item() == pytest.approx(loss.item(), rel=1e-10)
 
 
-def test_each_pass_takes_each_structure_once_in_an_order_of_its_own(double_precision):
-    kept = replay(inject(tiny_mace(interactions=1), PeftConfig("scales")))
+def test_the_order_is_one_of_its_own_and_draws_no_random_numbers_of_the_run(double_precision):
+    model = inject(tiny_mace(interactions=1), PeftConfig("scales"))
+    numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
+    kept = replay(model, made_of({1, 6, 8}, count=12))
+    kept.next_loss()
+    assert torch.equal(torch.get_rng_state(), numbers[0]) and (np.random.get_state()[1] == numbers[1]).all()
     first, second = ([kept.at(10 * turn + place) for place in range(10)] for turn in range(2))
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second, "each pass takes each once"
 
 
 def test_processes_share_a_batch(double_precision, monkeypatch):
@@ -212,7 +216,7 @@ def runs(inputs, uncompiled) -> dict[float | None, Run]:
 
 
 def test_a_tiny_weight_leaves_the_run_as_it_is(runs):
-    """The order of its data, and its random numbers."""
+    """The order of its data, too."""
     assert losses(runs[1e-12]) == pytest.approx(losses(runs[None]), rel=1e-8)
     assert moved(runs[None]) == []
 

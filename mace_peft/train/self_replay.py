@@ -92,11 +92,12 @@ class SelfReplay:
 def label(base: nn.Module, structures: Sequence[Atoms], batch_size: int, where: str) -> list[AtomicData]:
     """The structures as the base takes them, with its interaction energies (eV) and forces (eV/A) as labels.
 
-    They go to the heads of the base in turn. Raises PeftError for a label that is not finite.
+    They go to the heads of the base in turn, those that are held out as well. Raises PeftError for a label that is not
+    finite.
     """
     configurations = from_atoms(structures, label_keys(), where)
     for number, configuration in enumerate(configurations):
-        configuration.head = base.heads[number % len(base.heads)]
+        configuration.head = base.heads[(number + number // EVERY) % len(base.heads)]
     labelled, alone = graphs(base, configurations), without_E0s(base)
     for start in range(0, len(labelled), batch_size):
         part = labelled[start:start + batch_size]
