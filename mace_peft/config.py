@@ -57,6 +57,9 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
 
     def __post_init__(self):
+        if self.method == "auto":
+            raise PeftError("<method> auto is for mace_run_train, which tries methods on its data: give one, such as "
+                            "elora")
         check_choice("<method>", self.method, METHODS)
         for name in ("targets", "train_also"):
             self.settle(name, joined(getattr(self, name)))

@@ -7,14 +7,13 @@ from which ``--restart_latest`` goes on.
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import math
 import os
 from collections.abc import Iterator
 
 import torch
-from mace.tools import CheckpointHandler, CheckpointState, get_tag
+from mace.tools import CheckpointHandler, CheckpointState
 
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
@@ -221,25 +220,3 @@ def same(measured: dict, other: dict) -> bool:
     single = "torch.float32" in (measured["dtype"], other["dtype"])
     tolerance = (1e-6 if single else 1e-8) * other["norm"]
     return all(math.isclose(measured[key], other[key], rel_tol=0, abs_tol=tolerance) for key in ("norm", "sum"))
-
-
-def chosen_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | None:
-    """The settings with the ranks of the checkpoint that ``--restart_latest`` goes on from; None without such a one.
-
-    Raises PeftError if that checkpoint cannot be read.
-    """
-    if not args.restart_latest or not os.path.isdir(args.checkpoints_dir):
-        return None
-    path = CompleteCheckpointIO(args.checkpoints_dir, get_tag(args.name, args.seed)).newest()
-    if path is None:
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        if "peft" not in checkpoint:
-            return None  # whoever loads it says so
-        made = PeftConfig(**{**checkpoint["peft"], "init_std": config.init_std, "start": config.start})
-    except Exception as error:  # a damaged file fails in many ways
-        raise PeftError(f"the checkpoint {path} has no ranks that can be read ({one_line(error)}): delete it to "
-                        "restart from the one before, or from the start") from None
-    chosen = dataclasses.replace(config, rank_pattern=made.rank_pattern) if made.rank == "auto" else None
-    return chosen if chosen == made else None  # other settings: whoever loads it says so

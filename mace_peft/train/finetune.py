@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import types
+from collections.abc import Sequence
 
 import torch
 from ase import Atoms
@@ -14,33 +15,32 @@ from mace_peft.backbones.foundation import first_E0s, take_over_rest
 from mace_peft.errors import PeftError, one_line
 from mace_peft.fast.backward import backward_to
 from mace_peft.fast.contraction import by_element
-from mace_peft.fast.messages import fast_messages, summed
+from mace_peft.fast.messages import summed
 from mace_peft.files import complete
 from mace_peft.inspect.gain_ranges import gain_ranges
 from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
-from mace_peft.model.ranks import choose_ranks, start_along_gradients
 from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
-from mace_peft.train.checkpoints import AdapterCheckpointHandler, chosen_before
+from mace_peft.train.adapting import Given, adapt, choose_method
+from mace_peft.train.checkpoints import AdapterCheckpointHandler
 from mace_peft.train.data import datasets
 from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
 from mace_peft.train.data.kept import kept_structures
 from mace_peft.train.data.reading import Reading
 from mace_peft.train.foundation_head import with_one_head
-from mace_peft.train.gradients import differentiate, reach_all
-from mace_peft.train.learning_rates import settle_rates
+from mace_peft.train.gradients import reach_all
+from mace_peft.train.learning_rates import groups_of, settle_rates
 from mace_peft.train.loop import train
 from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
-from mace_peft.train.parameter_groups import trained_groups
 from mace_peft.train.record import Record
 from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
 from mace_peft.train.self_replay import SelfReplay
-from mace_peft.train.start import Start, check_heads, go_on, let_fitted_E0s_train
+from mace_peft.train.start import Start, check_heads
 
 
 class FineTune:
@@ -61,6 +61,7 @@ class FineTune:
         self.fast = fast
         self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
         self.loss: nn.Module | None = None
+        self.newest_set: Sequence = ()  # of which MACE has made a loader last
         self.model: nn.Module | None = None  # what trains
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
         self.kept: list[Atoms] | None = None  # the structures of --peft_keep
@@ -159,14 +160,12 @@ class FineTune:
         if atomic_energies is not None:
             known = first_E0s(foundation if adapted is None else adapted)
             put_E0s_right(model, known, atomic_energies, [self.reading.given(head) for head in heads])
-        self.start.config = let_fitted_E0s_train(self.start.config, args, self.reading.E0s.values())
-        look = functools.partial(differentiate, args, train_loader.dataset, self.loss, output_args)
-        if self.start.config.rank == "auto" and self.start.config.rank_pattern is None:
-            self.start.config = chosen_before(args, self.start.config) or choose_ranks(model, self.start.config, look)
-        new = go_on(model, self.start.config, self.start.foundation, adapted)
-        if self.start.config.start == "gradient" and adapted is None:
-            start_along_gradients(model, look)
-        self.model = self.plain = fast_messages(model) if self.fast else model
+        given = Given(args, self.start, train_loader, self.newest_set, self.loss, output_args,
+                      list(self.reading.E0s.values()), self.original, self.fast)
+        if self.start.tried:
+            self.start.config, args.lr = choose_method(given, model)
+        new = adapt(given, model, self.start.config, adapted)
+        self.start.config, self.model, self.plain = model.peft_config, model, model
         logging.info(f"Adapters: {self.start.config.options()}\n{summary(model)}")
         settle_rates(args, self.start.config.row)
         if adapted is not None:
@@ -178,6 +177,7 @@ class FineTune:
         return model, output_args
 
     def DataLoader(self, dataset, **kwargs):
+        self.newest_set = dataset  # when the model is made, the validation set of the last head
         return self.original.DataLoader(dataset, **whole_batches(dataset, **kwargs))
 
     def get_loss_fn(self, *args, **kwargs) -> nn.Module:
@@ -197,8 +197,7 @@ class FineTune:
         return self.result()
 
     def get_params_options(self, args, model: nn.Module) -> dict:
-        options = self.original.get_params_options(args, model)
-        return {**options, "params": trained_groups(options["params"], model)}
+        return groups_of(trainable_parameters(model).values(), self.original.get_params_options(args, model))
 
     def ExponentialMovingAverage(self, parameters, **kwargs):
         return self.original.ExponentialMovingAverage(trainable_parameters(self.model).values(), **kwargs)

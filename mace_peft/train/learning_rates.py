@@ -1,7 +1,12 @@
-"""The learning rates of a run: those that are given, or those that were best for its method where rates were swept."""
+"""The learning rates of a run: those that are given, or those that were best for its method where rates were swept; and
+which parameters of an optimizer have them.
+"""
 
 import argparse
 import logging
+from collections.abc import Iterable
+
+from torch import nn
 
 from mace_peft.methods import Method
 
@@ -40,3 +45,14 @@ def settle_rates(args: argparse.Namespace, method: Method) -> None:
         args.swa_lr = args.lr / 5
         logging.info(f"Learning rate {args.swa_lr:g} in stage two, a fifth of --lr, for no --swa_lr is given")
     unmark(args)
+
+
+def groups_of(trained: Iterable[nn.Parameter], options: dict) -> dict:
+    """MACE's options of an optimizer, whose groups have what trains and nothing else; one more has what they lack."""
+    left = {id(parameter): parameter for parameter in trained}
+    for group in options["params"]:
+        group["params"] = [left.pop(id(parameter)) for parameter in group["params"] if id(parameter) in left]
+    groups = [group for group in options["params"] if group["params"]]
+    if left:
+        groups.append({"name": "other", "params": list(left.values()), "weight_decay": 0.0})
+    return {**options, "params": groups}

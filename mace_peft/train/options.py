@@ -15,12 +15,14 @@ from mace_peft.config import PeftConfig, check_effect
 from mace_peft.errors import PeftError, check_choice
 from mace_peft.files import check_regular
 from mace_peft.methods import METHODS
+from mace_peft.train.candidates import AUTO
 from mace_peft.train.learning_rates import mark_defaults
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
 OPTIONS = {
-    "peft": f"train adapters instead of the whole model, or all of it by full; the method: {', '.join(METHODS)}",
+    "peft": f"train adapters instead of the whole model, or all of it by full; the method: {', '.join(METHODS)}; or "
+            "auto: short trials choose it, and --lr unless given",
     "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: the method's)",
     "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
     "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
@@ -74,11 +76,13 @@ def read_settings(args: argparse.Namespace) -> dict | None:
         given["peft"] = read_sizes(given["peft_adapter"])[0]["peft"]["method"]
     if "peft" not in given:
         name, value = next(iter(given.items()))
-        raise PeftError(f"--{name} {value} has no effect without --peft: add --peft with one of {', '.join(METHODS)}")
-    check_choice("<method>", given["peft"], METHODS)
+        raise PeftError(f"--{name} {value} has no effect without --peft: add --peft with one of "
+                        f"{', '.join((*METHODS, AUTO))}")
+    check_choice("<method>", given["peft"], (*METHODS, AUTO))
     settings = {"method": given.pop("peft"), **{name.removeprefix("peft_"): value for name, value in given.items()
                                                 if name not in OF_TRAINING}}
-    check_effect(settings)
+    if settings["method"] != AUTO:
+        check_effect(settings)
     for name, number in {"rank": int, "alpha": float, "init_std": float}.items():
         if name in settings and settings[name] != "auto":
             try:
@@ -89,9 +93,21 @@ def read_settings(args: argparse.Namespace) -> dict | None:
     check_choice("<fast>", str(settings.setdefault("fast", True)), ("True", "False"))
     settings["fast"] = str(settings["fast"]) == "True"
     own = {name: value for name, value in settings.items() if name not in ("adapter", "fast")}
-    # those of an adapter to start from are not known yet: a budget is one of rank auto
-    PeftConfig(**({"rank": "auto"} if "adapter" in settings and "budget" in settings else {}) | own)
+    if settings["method"] == AUTO:
+        check_auto(args, settings)
+    else:  # those of an adapter to start from are not known yet: a budget is one of rank auto
+        PeftConfig(**({"rank": "auto"} if "adapter" in settings and "budget" in settings else {}) | own)
     return settings
+
+
+def check_auto(args: argparse.Namespace, settings: dict) -> None:
+    """Raise PeftError for what leaves ``--peft auto`` nothing to choose."""
+    if "adapter" in settings:
+        raise PeftError(f"<method> {AUTO} cannot go with <adapter> {settings['adapter']}, which has a method: leave "
+                        f"out <method> {AUTO}")
+    if getattr(args, "lbfgs", False):
+        raise PeftError(f"--lbfgs True cannot go with <method> {AUTO}, whose trials take steps at a learning rate: "
+                        "leave it out, or give a method")
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
 from mace_peft.model.isolated import E0S
+from mace_peft.train.candidates import AUTO, methods_that_take
 from mace_peft.train.foundation_head import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 
@@ -32,12 +34,16 @@ class Start:
     """The settings of a run; the name, head and fingerprint of its foundation; and the adapted model to go on from.
 
     elements: the atomic numbers that the model to start from knows. ``adapted`` is None where the adapters are new.
+    tried: the settings among which trials will choose, one for each method, if the method is ``auto``, where the
+    settings are None until then; refused: why other methods are not tried.
     """
 
-    config: PeftConfig
+    config: PeftConfig | None
     foundation: dict[str, str | None]
     elements: list[int]
     adapted: nn.Module | None = None
+    tried: list[PeftConfig] = dataclasses.field(default_factory=list)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def check_known(self, elements: list[int]) -> None:
         check_elements(elements, self.elements, self.adapted is not None)
@@ -79,6 +85,10 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
             if several and trained != args.foundation_head:
                 raise PeftError(f"--foundation_head {args.foundation_head} differs from the head {trained} that the "
                                 f"adapter {directory} was trained from: add --foundation_head {trained}")
+    if settings["method"] == AUTO and not is_adapted(model):
+        del settings["method"]
+        tried, refused = methods_that_take(settings, functools.partial(check_trial, args, model))
+        return Start(None, source, model.atomic_numbers.tolist(), tried=tried, refused=refused)
     if not is_adapted(model):
         config = PeftConfig(**settings)
         check(model, config)
@@ -90,6 +100,13 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     config = settings_from(model.peft_config, settings, given)
     go_on(eject(copy.deepcopy(model)), config, source, model)
     return Start(config, source, model.atomic_numbers.tolist(), model)
+
+
+def check_trial(args: argparse.Namespace, model: nn.Module, config: PeftConfig) -> None:
+    """Raise PeftError if the model, or the form in which it trains, does not take what the settings ask for."""
+    check(model, config)
+    if args.enable_cueq and config.row.trains_base:
+        raise PeftError("cuEquivariance's layers hold some parameters in another form")
 
 
 def check_class(args: argparse.Namespace, foundation: nn.Module) -> None:
