@@ -18,7 +18,7 @@ from gpu_part import Part, arguments
 from models import make_batch, make_model, molecules
 from speed import in_turn, predict, training
 from torch import nn
-from variants import Trainee, adapted, default, floor, full, lora, peft
+from variants import WITH_ADAPTERS, Trainee, adapted, default, floor, full, lora, peft
 
 from mace_peft import trainable_parameters
 from mace_peft.fast.messages import fast_messages
@@ -123,7 +123,7 @@ def cases(device: str, tiny: bool) -> dict[str, Callable[[], dict]]:
 
     shapes, dtypes = (("tiny",), ("float32",)) if tiny else (("medium", "small"), ("float32", "float64"))
     cueq = CUEQ and (KERNELS or tiny)
-    methods = {"medium": tuple(METHODS), "small": ON_CUEQ, "tiny": ("mmea", "small")}
+    methods = {"medium": tuple(WITH_ADAPTERS), "small": ON_CUEQ, "tiny": ("mmea", "small")}
     for shape in shapes:
         for dtype in dtypes:
             add(shape, dtype, methods[shape], cueq=False)

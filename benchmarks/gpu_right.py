@@ -17,7 +17,7 @@ from gpu_checks import ON_CUEQ, SHORT, WHOLE, Subject, ranks, with_tf32
 from gpu_part import Part, arguments
 from models import make_model
 from torch import nn
-from variants import default
+from variants import WITH_ADAPTERS, default
 
 from mace_peft.methods import METHODS
 
@@ -41,7 +41,7 @@ def subject(shape: str, dtype: str, device: str, method: str, placement: str) ->
 
 def cases(device: str, tiny: bool) -> dict[str, Callable[[], dict]]:
     """What comes first is what must not be left out."""
-    shape, methods, dtypes, found = "quickstart", tuple(METHODS), tuple(BOUNDS), {}
+    shape, methods, dtypes, found = "quickstart", tuple(WITH_ADAPTERS), tuple(BOUNDS), {}
     if tiny:
         shape, methods, dtypes = "tiny", REHEARSED, dtypes[:1]
 
@@ -62,7 +62,7 @@ def cases(device: str, tiny: bool) -> dict[str, Callable[[], dict]]:
         for dtype in dtypes:
             for method in methods[:1] if tiny else methods:
                 add(dtype, method, METHODS[method].targets, ON_CUEQ, "quickstart" if KERNELS and not tiny else "tiny")
-    for method, row in METHODS.items():
+    for method, row in WITH_ADAPTERS.items():
         for placement in PLACEMENTS if not tiny else ():
             if placement != row.targets:
                 add("float64", method, placement, SHORT)

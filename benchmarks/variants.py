@@ -28,6 +28,7 @@ from mace_peft.patching import replaced
 from mace_peft.train.checkpoints import checkpoint_of
 
 RANK = 16
+WITH_ADAPTERS = {method: row for method, row in METHODS.items() if row.adapters}  # of the table
 PLACEMENTS = ("products", "linears", "published", "all")
 STAGES = ("as MACE", "to what trains")
 ADAPTERS = [*((method, placement) for method in ("mmea", "elora") for placement in PLACEMENTS[:3]), ("scales", "all")]

@@ -40,7 +40,7 @@ PATTERNS = ["products", "linears", "published", "all", "products.*", "products.0
 NUMBERS = {"peft_rank": lambda text: text if text == "auto" else int(text), "peft_alpha": float,
            "peft_init_std": float}
 SENSIBLE = {
-    "peft": list(METHODS),
+    "peft": [*METHODS, "auto"],
     "peft_rank": ["1", "2", "4", "auto"],
     "peft_budget": ["5%", "100%", "300"],
     "peft_alpha": ["1", "0.5", "1e-3"],
@@ -148,9 +148,10 @@ def check_message(text: str, parsed: bool) -> None:
 
 
 def check_settings(config: PeftConfig, args) -> None:
-    """The settings are those that were given, as the type that the option has."""
+    """The settings are those that were given, as the type that the option has; of auto, those of a method it tries."""
+    others = ("peft_adapter", "peft_fast", *OF_TRAINING, *["peft"] * (getattr(args, "peft", None) == "auto"))
     for name in OPTIONS:
-        if name not in ("peft_adapter", "peft_fast", *OF_TRAINING) and hasattr(args, name):
+        if name not in others and hasattr(args, name):
             held = getattr(config, "method" if name == "peft" else name.removeprefix("peft_"))
             assert held == NUMBERS.get(name, str)(getattr(args, name))
 
@@ -186,7 +187,8 @@ def test_any_value_of_an_option_gives_a_start_or_one_line(front, name):
         needed = {"peft_budget": [("peft_rank", "auto")], "peft_keep_weight": [("peft_keep", "auto")]}.get(name, [])
         args, fine_tune = read(front, [*method, *needed, (name, value)], {}, {})
         if args is not None:
-            check_settings(fine_tune.start.config, args)
+            for config in fine_tune.start.tried or [fine_tune.start.config]:
+                check_settings(config, args)
         seen[args is not None] += 1
     assert seen[True] > 1 and seen[False] > 1, seen
 
@@ -199,7 +201,8 @@ def test_any_settings_give_a_start_or_one_line(front):
     def check(command_line, in_file, of_mace):
         args, fine_tune = read(front, command_line, in_file, of_mace)
         if fine_tune is not None:
-            check_settings(fine_tune.start.config, args)
+            for config in fine_tune.start.tried or [fine_tune.start.config]:
+                check_settings(config, args)
         seen[args is not None, fine_tune is not None] += 1
 
     check()

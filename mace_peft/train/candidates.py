@@ -7,7 +7,7 @@ from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 
 AUTO = "auto"
-METHODS_TRIED = ("elora", "mmea", "small", "full")
+METHODS_TRIED = ("best", "mmea", "small", "full")
 FACTORS = (1.0, 0.5, 2.0)  # of the rate of the method; in a short run the first ones are tried
 
 

@@ -1,22 +1,18 @@
 """The ``--peft*`` options of ``mace_run_train``, and the checks made before any data is read."""
 
 import argparse
-import glob
 import importlib.util
 import math
 import os
-import stat
 import sys
-import tempfile
-from pathlib import Path
 from typing import NoReturn
 
 from mace_peft.config import PeftConfig, check_effect
 from mace_peft.errors import PeftError, check_choice
-from mace_peft.files import check_regular
 from mace_peft.methods import METHODS
 from mace_peft.train.candidates import AUTO
 from mace_peft.train.learning_rates import mark_defaults
+from mace_peft.train.run_files import check_files
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -111,7 +107,7 @@ def check_auto(args: argparse.Namespace, settings: dict) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise PeftError if options of MACE do not go with ``--peft``, or if the adapter could not be saved."""
+    """Raise PeftError if options of MACE do not go with ``--peft``, or if the run could not write its files."""
     for name, reason in CONFLICTS.items():
         if getattr(args, name, None):
             raise PeftError(f"--{name} {getattr(args, name)} cannot go with --peft: {reason}")
@@ -138,13 +134,7 @@ def check_options(args: argparse.Namespace) -> None:
     if os.sep in args.name:
         raise PeftError(f"--name {args.name} has a {os.sep}, and MACE would not find its checkpoints again: give the "
                         "folder by --work_dir")
-    for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
-                         "log_dir": "logs"}.items():
-        check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
-    for stage in ("", "_stagetwo"):
-        check_free(adapter_directory(args, stage))
-    check_names_free(args)
-    check_start_stays(args)
+    check_files(args)
     check_keep(args)
 
 
@@ -181,77 +171,6 @@ def settle_cueq(args: argparse.Namespace) -> None:
                 raise PeftError(f"--{name} True needs cuequivariance-torch, which is not installed: "
                                 "pip install cuequivariance-torch, or leave it out")
             args.enable_cueq, args.only_cueq = True, False
-
-
-def check_writable(option: str, directory: Path) -> None:
-    """Raise PeftError unless files can be made in the directory, or in what is there of it."""
-    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise PeftError(f"{option} {directory} cannot be written to ({there}: {error.strerror}): allow it, or give "
-                        "another directory") from None
-
-
-def check_free(directory: Path) -> None:
-    """Raise PeftError if the adapter's directory cannot have this name."""
-    try:
-        taken = directory.exists() and not directory.is_dir()
-    except OSError as error:
-        raise PeftError(f"the adapter cannot go to {directory} ({error.strerror}): give another --name") from None
-    if taken:
-        raise PeftError(f"{directory} is a file, and the adapter goes to a directory of that name: remove it, or give "
-                        "this run another --name")
-
-
-def check_names_free(args: argparse.Namespace) -> None:
-    """Raise PeftError if a link, pipe or device has the name of a file that the run writes to or reads again."""
-    beginning = checkpoints_begin(args)
-    folders = ((beginning.parent, "*.pt"), (Path(args.log_dir or Path(args.work_dir, "logs")), "*.log"),
-               (Path(args.results_dir or Path(args.work_dir, "results")), "*.txt"))
-    for folder, pattern in folders:
-        for path in folder.glob(f"{glob.escape(beginning.name)}{pattern}"):
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise PeftError(f"{path} is a link, pipe or device, and the run has a file of that name: remove it, or "
-                                "give this run another --name")
-    for path in models(args):
-        check_regular(path)
-
-
-def models(args: argparse.Namespace) -> list[Path]:
-    """The files of models that the run writes."""
-    stages = ("", "_stagetwo") if args.swa else ("",)
-    return [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")
-            for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name))]
-
-
-def check_start_stays(args: argparse.Namespace) -> None:
-    """Raise PeftError if a model or adapter that the run writes takes the place of what it starts from."""
-    foundation = Path(args.foundation_model)
-    for path in models(args):
-        if path.exists() and foundation.exists() and path.samefile(foundation):
-            raise PeftError(f"--name {args.name} would write its model over the foundation {foundation}, which the "
-                            "adapter needs: give this run another --name")
-    adapter = getattr(args, "peft_adapter", None)
-    for path in [adapter_directory(args, stage) for stage in ("", "_stagetwo")] if adapter is not None else ():
-        if path.exists() and Path(adapter).exists() and path.samefile(adapter):
-            raise PeftError(f"--name {args.name} would write its adapter over --peft_adapter {adapter}, from which it "
-                            "starts: give this run another --name")
-
-
-def checkpoints_begin(args: argparse.Namespace) -> Path:
-    """What the paths of the run's checkpoints begin with, before MACE has filled in its folders."""
-    return Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
-
-
-def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
-    """Where a stage of the run ("" or "_stagetwo") saves its adapter: beside ``NAME.model``."""
-    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}_adapter"
-
-
-def model_path(args: argparse.Namespace, stage: str) -> Path:
-    """The model of a stage of the run ("" or "_stagetwo"), as MACE names it."""
-    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}.model"
 
 
 def stop(error: PeftError) -> NoReturn:

@@ -11,8 +11,9 @@ import types
 from mace_peft.errors import PeftError
 from mace_peft.patching import replaced
 from mace_peft.train.learning_rates import unmark
-from mace_peft.train.options import add_options, check_options, checkpoints_begin, read_settings, settle_cueq, stop
+from mace_peft.train.options import add_options, check_options, read_settings, settle_cueq, stop
 from mace_peft.train.quiet import without_harmless_warnings
+from mace_peft.train.run_files import checkpoints_begin
 from mace_peft.train.sole_run import run_without_peft, sole_run
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch

@@ -22,9 +22,9 @@ from mace_peft.files import complete, one_line_errors
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
 from mace_peft.patching import replaced
-from mace_peft.train.options import adapter_directory, model_path
 from mace_peft.train.progress import Progress
 from mace_peft.train.record import Record
+from mace_peft.train.run_files import adapter_directory, model_path
 
 STAGES = ("one", "two")
 
