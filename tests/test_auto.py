@@ -41,8 +41,8 @@ def test_methods_are_tried_at_their_rates_first_and_at_half_and_twice_that():
 
 
 @pytest.mark.parametrize("settings, methods", [
-    ({"rank": 2}, ["elora", "mmea", "small"]), ({"gate": "exp"}, ["mmea"]), ({"budget": "2%"}, ["small"]),
-    ({"alpha": 2.0}, ["elora", "mmea", "small"]), ({"targets": "all"}, ["elora", "mmea", "small"])])
+    ({"rank": 2}, ["best", "mmea", "small"]), ({"gate": "exp"}, ["mmea"]), ({"budget": "2%"}, ["best", "small"]),
+    ({"alpha": 2.0}, ["best", "mmea", "small"]), ({"targets": "all"}, ["best", "mmea", "small"])])
 def test_methods_on_which_a_setting_does_not_act_are_not_tried(settings, methods):
     configs, refused = take(**settings)
     assert [config.method for config in configs] == methods
@@ -51,8 +51,8 @@ def test_methods_on_which_a_setting_does_not_act_are_not_tried(settings, methods
 
 
 def test_settings_that_no_method_takes_are_refused():
-    with pytest.raises(PeftError, match="method auto tries elora, mmea, small, full, and none of them takes this: "
-                                        "elora: gate exp has no effect on elora.*; mmea: budget 5% has no effect"):
+    with pytest.raises(PeftError, match="method auto tries best, mmea, small, full, and none of them takes this: "
+                                        "best: gate exp has no effect on best.*; mmea: budget 5% has no effect"):
         take(gate="exp", budget="5%")
 
 
@@ -72,7 +72,7 @@ def test_a_short_run_tries_the_first_of_the_table():
     assert affordable(4, 100 * LEAST * 12) == 4
     few = 10 * LEAST  # two methods, for as many steps as are the least
     assert affordable(12, few) == 2
-    with pytest.raises(PeftError, match=rf"a fifth of the run's {few - 1}: use method elora, or more"):
+    with pytest.raises(PeftError, match=rf"a fifth of the run's {few - 1}: use method best, or more"):
         affordable(12, few - 1)
 
 

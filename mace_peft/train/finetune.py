@@ -4,10 +4,8 @@ import copy
 import functools
 import logging
 import types
-from collections.abc import Sequence
 
 import torch
-from ase import Atoms
 from torch import nn
 
 from mace_peft import labels
@@ -61,10 +59,10 @@ class FineTune:
         self.fast = fast
         self.base: nn.Module | None = None  # of an adapted foundation of which MACE has taken one head
         self.loss: nn.Module | None = None
-        self.newest_set: Sequence = ()  # of which MACE has made a loader last
+        self.newest_set = ()  # of which MACE has made a loader last
         self.model: nn.Module | None = None  # what trains
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
-        self.kept: list[Atoms] | None = None  # the structures of --peft_keep
+        self.kept: list | None = None  # the structures of --peft_keep
         self.checkpoints: AdapterCheckpointHandler | None = None
         self.losses = FiniteLosses(self.original)
         self.reading = Reading(self.original, args, start.check_known)
