@@ -9,6 +9,7 @@ from mace_peft.model.inject import eject as eject
 from mace_peft.model.inject import inject as inject
 from mace_peft.model.inject import merge as merge
 from mace_peft.model.ranks import choose_ranks as choose_ranks
+from mace_peft.model.ranks import start_along_gradients as start_along_gradients
 from mace_peft.model.strength import disable_adapter as disable_adapter
 from mace_peft.model.strength import set_strength as set_strength
 from mace_peft.model.summary import print_trainable_parameters as print_trainable_parameters

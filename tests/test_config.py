@@ -162,9 +162,11 @@ def test_a_list_of_patterns_is_as_their_text(kind):
 
 def test_options_are_what_one_types():
     config = PeftConfig("elora", rank=3, targets="interactions.*")
-    assert config.options() == "--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.*"
+    assert config.options() == ("--peft=elora --peft_rank=3 --peft_alpha=3.0 --peft_targets=interactions.* "
+                                "--peft_start=published")
     assert PeftConfig("scales", targets="products").options() == "--peft=scales --peft_targets=products"
-    assert PeftConfig("small").options() == "--peft=small --peft_rank=auto --peft_targets=linears --peft_budget=5%"
+    assert PeftConfig("small").options() == ("--peft=small --peft_rank=auto --peft_targets=linears "
+                                             "--peft_start=published --peft_budget=5%")
 
 
 def test_settings_cannot_change():
