@@ -20,8 +20,8 @@ from mace_peft.labels import DEFAULT_KEYS, STATES, read
 AUTO = "auto"
 COUNT, SEED = 200, 0  # of the structures that are made
 MOST_OF_A_KIND = 100  # molecules, and crystals, that these start from
-DISPLACED = 0.05, 0.2  # A, root mean square over the atoms: least and most
-STRAIN = 0.03  # standard deviation of each component
+DISPLACED = 0.02, 0.1  # A, root mean square over the atoms: least and most; stiff bonds take no more
+STRAIN = 0.02  # standard deviation of each component
 ATOMS = 8  # of a crystal, at least
 NOBLE = set("He Ne Ar Kr Xe Rn Og".split())
 NONMETALS = set("H C N O F P S Cl Se Br I At".split())
