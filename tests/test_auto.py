@@ -242,11 +242,11 @@ def refused(inputs, capsys, *flags, **options) -> str:
 def test_a_run_that_is_too_short_is_refused(inputs, capsys):
     line = refused(inputs, capsys, max_num_epochs=2)
     assert ("--peft auto has too few steps for its trials, which take at least 20 and at most a fifth of the run's 16: "
-            "use --peft elora, or more --max_num_epochs") in line
+            "use --peft best, or more --max_num_epochs") in line
 
 
 def test_settings_that_no_method_takes_are_refused_before_data_are_read(inputs, capsys):
-    assert "none of them takes this: elora: --peft_rank 99" in refused(inputs, capsys, peft_rank=99)
+    assert "none of them takes this: best: --peft_rank 99" in refused(inputs, capsys, peft_rank=99)
 
 
 def test_options_that_leave_nothing_to_choose_are_refused(capsys):

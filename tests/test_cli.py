@@ -97,7 +97,7 @@ def test_info_of_an_mmea_adapter(command, folder, path):
 
 def test_info_of_an_elora_adapter(command, folder):
     said, modules = rows(command("info", "elora"))
-    assert said["method"] == "elora, rank 3, alpha 1.5" and said["placement"] == "linears"
+    assert said["method"] == "elora, rank 3, alpha 1.5, start published" and said["placement"] == "linears"
     assert "interactions.0.linear_up" in modules
     size = sum(path.stat().st_size for path in (folder / "elora").glob("adapter_*"))
     assert f"({size:,} bytes)" in said["what"]
@@ -205,7 +205,7 @@ def test_who_reads_may_stop_before_the_end(command, monkeypatch):
     (["plot", "mmea", "--foundation", FOUNDATION, "--structures", "none.xyz"], ["none.xyz cannot be read"]),
     (["plot", "elora", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["water.xyz has no effect"]),
     (["plot", "scalars", "--foundation", "scalars.model"],
-     ["--peft mmea with --peft_targets products has no low-rank update to draw"]),
+     ["--peft mmea at products has no low-rank update to draw"]),
     (["plot", "scales", "--foundation", FOUNDATION, "--structures", "water.xyz"], ["no effect on scales"]),
     (["evaluate", "mmea", FOUNDATION, "--structures", "water.xyz"], ["mmea is a directory", "comes first"]),
     (["evaluate", FOUNDATION, "mmea", "--structures", "water.xyz", "--plot", "no/a.png"], ["no is no directory"]),

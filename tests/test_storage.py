@@ -17,6 +17,7 @@ from tiny import medium_mace, randomise, tiny_mace
 
 import mace_peft
 from mace_peft import PeftConfig, PeftError, eject, inject, load_adapter, save_adapter, trainable_parameters
+from mace_peft.adapter.description import describe
 from mace_peft.model.adapted import fingerprint
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -357,3 +358,9 @@ def test_injection_remembers_the_fingerprint_of_its_base(base):
     expected = fingerprint(base)
     model = randomise(inject(base, PeftConfig("mmea", rank=2, targets="products", train_also="readouts.*")))
     assert model.peft_foundation == {"name": None, "fingerprint": expected}
+
+
+def test_more_than_an_adapter_may_hold_is_refused_before_the_training(monkeypatch):
+    monkeypatch.setattr("mace_peft.adapter.description.LARGEST_TENSORS", 1000)
+    with pytest.raises(PeftError, match=r"what trains has [\d,]+ bytes, and an adapter directory holds at most 1,000"):
+        describe(inject(tiny_mace(), PeftConfig("full")))

@@ -14,10 +14,11 @@ from mace_peft import e3nn
 from mace_peft.backbones import backbone_of
 from mace_peft.config import LONGEST_PATTERNS
 from mace_peft.errors import PeftError
-from mace_peft.model.adapted import origin
+from mace_peft.model.adapted import origin, trainable_parameters
 from mace_peft.model.summary import size_of_base
 
 FORMAT = 1
+LARGEST_TENSORS = 2**28  # bytes: all parameters of the largest foundation models, which `full` saves
 
 
 class AtMost(NamedTuple):
@@ -90,9 +91,14 @@ def versions() -> dict[str, str]:
 def describe(model: nn.Module) -> dict:
     """What adapter_config.json says of an adapted model, but for the checksums.
 
-    Raises PeftError for what an adapter directory has no place for: long names, and numbers that are not finite.
+    Raises PeftError for what an adapter directory has no place for: long names, numbers that are not finite, and more
+    of them than it may hold.
     """
     backbone = backbone_of(model)
+    size = sum(tensor.nbytes for tensor in trainable_parameters(model).values())
+    if size > LARGEST_TENSORS:
+        raise PeftError(f"what trains has {size:,} bytes, and an adapter directory holds at most {LARGEST_TENSORS:,}: "
+                        "let less train, by other <targets> or a smaller <rank>, or in float32")
     full = {field: model.peft_full.get(name, buffer) for field, (name, buffer) in backbone.constants(model).items()}
     held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
             for field, buffer in full.items()}

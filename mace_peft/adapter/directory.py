@@ -19,6 +19,7 @@ from torch import nn
 from mace_peft.adapter.card import BEGINNING, card
 from mace_peft.adapter.description import (
     DTYPES,
+    LARGEST_TENSORS,
     NAME,
     TENSORS,
     TRAINING,
@@ -38,7 +39,6 @@ CARD_FILE = "README.md"
 SAID = "mace_peft"  # the name of the description in the metadata
 METADATA = {"format": "pt"}  # which other readers of safetensors ask for
 LARGEST_CONFIG = 2**20  # bytes
-LARGEST_TENSORS = 2**30  # far above all parameters of the largest foundation models, which `full` saves
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
