@@ -18,7 +18,7 @@ from mace_peft.model.adapted import origin, trainable_parameters
 from mace_peft.model.summary import size_of_base
 
 FORMAT = 1
-LARGEST_TENSORS = 2**28  # bytes: all parameters of the largest foundation models, which `full` saves
+LARGEST_TENSORS = 2**27  # bytes: 16 million parameters in float64
 
 
 class AtMost(NamedTuple):
