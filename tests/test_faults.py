@@ -17,7 +17,7 @@ from runs import NAME, SEED, Run, arguments, finish, fork, train_here, write_inp
 from tiny import tiny_mace
 
 from mace_peft.adapter.directory import read_adapter
-from mace_peft.train import options
+from mace_peft.train import run_files
 
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
 LIMIT = 80_000  # bytes: above any log of these runs, below their checkpoints, models and the adapter of all weights
@@ -193,7 +193,7 @@ def test_what_has_the_name_of_a_model_and_is_no_file_is_named_before_the_trainin
 
 
 def test_the_log_says_that_a_compiled_model_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "check_regular", lambda path: None)  # as if it came during the training
+    monkeypatch.setattr(run_files, "check_regular", lambda path: None)  # as if it came during the training
     path = tmp_path / f"{NAME}_compiled.model"
     path.mkdir()
     run = train_here(write_inputs(tmp_path), **PEFT)

@@ -45,6 +45,7 @@ SENSIBLE = {
     "peft_budget": ["5%", "100%", "300"],
     "peft_alpha": ["1", "0.5", "1e-3"],
     "peft_targets": PATTERNS,
+    "peft_start": ["published", "fan-in", "gradient"],
     "peft_gate": ["exp", "bounded"],
     "peft_init_std": ["0", "0.01"],
     "peft_train_also": ["readouts.*", "*", "node_embedding.*, products.*.weight", ""],

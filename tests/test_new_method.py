@@ -28,8 +28,8 @@ class DoRA(LowRank):
 
     kind = "low-rank direction and norm"
 
-    def __init__(self, parts, weights, rank, alpha):
-        super().__init__(parts, weights, rank, alpha)
+    def __init__(self, parts, weights, **settings):
+        super().__init__(parts, weights, **settings)
         self.norm = torch.nn.ParameterDict({key: value.norm(dim=0) for key, value in matrices(parts, weights).items()})
 
     def forward(self, weights):

@@ -66,9 +66,11 @@ class CompleteCheckpointIO(CheckpointIO):
         self.written[path] = identity(path)
 
     def check_own(self) -> None:
-        """Raise PeftError if a file that this run wrote is gone, or is another one now."""
+        """Raise PeftError if a file that this run wrote is gone, or is another one now, or if none can be looked at."""
         for path, known in self.written.items():
-            if identity(path) != known:
+            with one_line_errors(self.directory):
+                found = identity(path)
+            if found != known:
                 raise PeftError(f"the checkpoint {path} is not the one that this run wrote: another run of the same "
                                 "--name writes there, too; start one of them again with another --name")
 
