@@ -181,7 +181,8 @@ WITH_ADAPTERS = pytest.mark.parametrize("method", [method for method in METHODS 
 
 @WITH_ADAPTERS
 def test_the_default_placement(model, method):
-    expected = {"mmea": "published", "elora": "linears", "elora+scales": "linears", "small": "linears"}
+    expected = {"mmea": "published", "elora": "linears", "elora+scales": "linears", "small": "linears",
+                "best": "linears"}
     assert targets_of(model, method, None) == targets_of(model, method, expected.get(method, "all"))
 
 

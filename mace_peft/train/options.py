@@ -20,7 +20,7 @@ OPTIONS = {
     "peft": f"train adapters instead of the whole model, or all of it by full; the method: {', '.join(METHODS)}; or "
             "auto: short trials choose it, and --lr unless given",
     "peft_rank": "rank of the adapters, or auto: chosen for each module from the training set (default: the method's)",
-    "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: 5%%)",
+    "peft_budget": "what auto may train: a share of the base's parameters, or a number of them (default: the method's)",
     "peft_alpha": "low-rank updates are scaled by alpha / rank (default: the rank)",
     "peft_targets": "where adapters go: products, linears, published, all, or comma-separated glob patterns over "
                     "module names (default: the method's)",
