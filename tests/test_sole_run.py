@@ -160,9 +160,10 @@ def test_without_locks_neither_of_two_runs_takes_checkpoints_of_the_other_for_it
     first.write(first.restart, {"of": "first"})
     first.check_own()
     second.set_earlier_aside(str(tmp_path))
+    first.check_own()
+    second.write(second.restart, {"of": "second"})
     with pytest.raises(PeftError, match="is not the one that this run wrote: another run of the same --name"):
         first.check_own()  # before the run reads its result
-    second.write(second.restart, {"of": "second"})
     with pytest.raises(PeftError, match="is not the one that this run wrote"):
         first.write(first.restart, {"of": "first"})
     second.check_own()

@@ -66,11 +66,14 @@ class CompleteCheckpointIO(CheckpointIO):
         self.written[path] = identity(path)
 
     def check_own(self) -> None:
-        """Raise PeftError if a file that this run wrote is gone, or is another one now, or if none can be looked at."""
+        """Raise PeftError if another file is in the place of one that this run wrote, or if none can be looked at.
+
+        One that is gone says nothing of another run: a disk may be gone.
+        """
         for path, known in self.written.items():
             with one_line_errors(self.directory):
                 found = identity(path)
-            if found != known:
+            if found not in (known, None):
                 raise PeftError(f"the checkpoint {path} is not the one that this run wrote: another run of the same "
                                 "--name writes there, too; start one of them again with another --name")
 
