@@ -230,15 +230,19 @@ def run_cells(cells: list[dict], run: Callable[[dict, argparse.Namespace], dict]
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(text: str, out: str) -> argparse.Namespace:
+    """The options of a study of fine-tunes. text: its docstring; out: the name of its results."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--foundation", type=Path, required=True, help="foundation model, float32")
-    parser.add_argument("--pretraining", type=Path, required=True, help="structures that it was trained on")
+    parser.add_argument("--pretraining", type=Path, required=True, help="structures like those it was trained on")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder that recipes/data.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gates.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / out)
     parser.add_argument("--only", default="", help="cells whose key has this text")
-    args = parser.parse_args()
-    write_report(run_cells(cells(), run, args))
+    return parser.parse_args()
+
+
+def main() -> None:
+    write_report(run_cells(cells(), run, read_arguments(__doc__, "gates.json")))
 
 
 if __name__ == "__main__":

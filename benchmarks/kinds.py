@@ -12,11 +12,9 @@ have moved, and, where the target is near, the error there.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 
 import ase.io
 import gates
@@ -30,7 +28,6 @@ from kinds_report import write_report
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
 
-HERE = Path(__file__).resolve().parent
 TRAINED, TESTED = 50, 200
 # the published placement, but that a product block is gated on all of its output and not in its linear layer
 PRODUCTS_WHOLE = ("node_embedding,interactions.*.linear_up,interactions.*.linear,interactions.*.skip_tp,"
@@ -134,13 +131,7 @@ def mae(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--foundation", type=Path, required=True, help="foundation model, float32")
-    parser.add_argument("--pretraining", type=Path, required=True, help="structures like those it was trained on")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that recipes/data.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "kinds.json")
-    parser.add_argument("--only", default="", help="cells whose key has this text")
-    args = parser.parse_args()
+    args = gates.read_arguments(__doc__, "kinds.json")
     write_report(gates.run_cells(cells(), run, args))
 
 

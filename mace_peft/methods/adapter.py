@@ -61,8 +61,10 @@ class Adapter(nn.Module):
         return [gradient for _, gradient in self.low_rank_updates(gradients).values()]
 
     def start_along(self, gradients: dict[str, Tensor]) -> None:
-        """Begin where the gradients of the weights say, which have the weights' names and shapes; as it is unless the
-        adapter can."""
+        """Turn what is random at the start towards the gradients of the weights, given by the weights' names.
+
+        An adapter that has nothing of the kind does nothing.
+        """
 
     def __reduce_ex__(self, protocol):
         if not type(self).__module__.startswith("mace_peft."):  # a method that another package brings

@@ -18,7 +18,7 @@ class LowRank(Adapter):
         W  <-  W + (alpha / rank) A B        A (rows, rank) ~ N(0, 1), B (rank, columns) = 0
 
     That is the start as published. With ``fan-in`` A ~ N(0, 1 / rows), so that its columns have the length 1, and A
-    learns as much as B does; the start ``gradient`` is this, until who has the data calls ``start_along``.
+    learns as much as B does. With ``gradient`` A starts in the same way, and ``start_along`` turns it afterwards.
 
     The operation says what the matrices are (``Part``): in ``o3.Linear`` one for each irrep, over all its blocks; in a
     tensor product one for each path; in MACE's symmetric contraction the highest order, whose A is divided by the

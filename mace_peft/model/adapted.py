@@ -176,8 +176,10 @@ def base_of(model: AdaptedModel, originals: dict[str, torch.Tensor] | None = Non
 
 
 def without_E0s(model: nn.Module) -> nn.Module:
-    """A plain model that predicts as the model does now, but for its E0s, which are zero: what is left of its energies
-    are interaction energies, exact where E0s are large. It is for calls before the next step of a training."""
+    """A plain model that predicts as the model does now, with E0s of zero: its energies are interaction energies.
+
+    They are exact also where E0s are large. The model is for calls before the next step of a training.
+    """
     E0s = torch.zeros_like(model.get_buffer(isolated.E0S))
     of_base = of_isolated_atoms(model) if is_adapted(model) else None
     return over(model, {isolated.E0S: E0s if of_base is None else E0s - isolated.drift(model, of_base)})
