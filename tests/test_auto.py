@@ -13,9 +13,9 @@ from runs import Run, reach_training, relabel, train_here, write_inputs
 
 from mace_peft import PeftConfig, PeftError
 from mace_peft.methods import METHODS
-from mace_peft.train.candidates import METHODS_TRIED, Candidate, candidates, methods_that_take
+from mace_peft.train.auto_candidates import METHODS_TRIED, Candidate, candidates, methods_that_take
+from mace_peft.train.auto_trials import LEAST, affordable, choose, rounds
 from mace_peft.train.options import read_settings
-from mace_peft.train.trials import LEAST, affordable, choose, rounds
 
 steps_of_mace = importlib.import_module("mace.tools.train")  # MACE binds that name to a function, too
 
@@ -184,7 +184,7 @@ def test_the_same_seed_chooses_the_same(finished, inputs):
 
 
 def test_a_restart_goes_on_with_the_choice(finished, inputs, monkeypatch):
-    monkeypatch.setattr("mace_peft.train.adapting.choose", None)
+    monkeypatch.setattr("mace_peft.train.adapt.choose", None)
     run, _ = finished
     given = reach_training(inputs, "--restart_latest", work_dir=run.folder, E0s="average",
                            **OPTIONS | {"max_num_epochs": 21})
@@ -195,8 +195,8 @@ def test_a_restart_goes_on_with_the_choice(finished, inputs, monkeypatch):
 
 def test_an_absurd_rate_loses(inputs, monkeypatch):
     """The first candidate: its loss is far off after a few steps, or no number."""
-    monkeypatch.setattr("mace_peft.train.candidates.METHODS_TRIED", ("small", "full"))
-    monkeypatch.setattr("mace_peft.train.candidates.FACTORS", (1e4, 1.0))
+    monkeypatch.setattr("mace_peft.train.auto_candidates.METHODS_TRIED", ("small", "full"))
+    monkeypatch.setattr("mace_peft.train.auto_candidates.FACTORS", (1e4, 1.0))
     run = run_of(inputs, "absurd", "--dry_run", peft_rank=None, max_num_epochs=60)
     assert choice(run)["peft"] in ("small", "full") and float(choice(run)["lr"]) < 0.1
     rows = re.findall(r"^\| (\w+) +\| +(\S+) \| +(\d+) \| +(\S+) \| (.*?) +\|$", run.log, re.M)

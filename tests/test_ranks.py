@@ -199,7 +199,7 @@ def test_a_restart_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
     inputs = write_small(tmp_path)
     options = {"peft": "elora", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "20%"}
     _, given = train_only(inputs, "whole", max_num_epochs=2, **options)
-    monkeypatch.setattr("mace_peft.train.adapting.choose_ranks", None)
+    monkeypatch.setattr("mace_peft.train.adapt.choose_ranks", None)
     _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=3, **options)
     assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
     monkeypatch.undo()
@@ -338,7 +338,7 @@ def test_a_restart_with_another_start_goes_on_with_the_same_ranks(tmp_path, monk
     inputs = write_small(tmp_path)
     options = {"peft": "gates", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "30%"}
     _, given = train_only(inputs, "whole", max_num_epochs=1, **options)
-    monkeypatch.setattr("mace_peft.train.adapting.choose_ranks", None)
+    monkeypatch.setattr("mace_peft.train.adapt.choose_ranks", None)
     _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=2, peft_init_std=1.0, **options)
     assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
 

@@ -50,7 +50,7 @@ print(*(name for name in sys.modules if name.startswith("mace_peft.")))
     said = subprocess.check_output([sys.executable, "-c", program], env=environment(**variables), text=True)
     loaded = {name.removeprefix("mace_peft.") for name in said.splitlines()[-1].split()}
     assert {name for name in loaded if name.startswith("train.")} == {
-        "train.plugin", "train.options", "train.run_files", "train.candidates", "train.sole_run",
+        "train.plugin", "train.options", "train.run_files", "train.auto_candidates", "train.sole_run",
         "train.learning_rates", "train.quiet"}
     assert {name.split(".")[0] for name in loaded} == {"startup", "train", "config", "methods", "errors", "patching",
                                                        "restore", "e3nn", "files"}

@@ -20,13 +20,13 @@ from mace_peft.model.adapted import is_adapted, trainable_parameters
 from mace_peft.model.inject import eject, freeze, trainability_kept
 from mace_peft.model.summary import summary
 from mace_peft.train import losses, metrics
-from mace_peft.train.adapting import Given, adapt, choose_method
+from mace_peft.train.adapt import Given, adapt, choose_method
 from mace_peft.train.checkpoints import AdapterCheckpointHandler
 from mace_peft.train.data import datasets
 from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
-from mace_peft.train.data.kept import kept_structures
 from mace_peft.train.data.reading import Reading
+from mace_peft.train.data.self_replay import kept_structures
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import reach_all
 from mace_peft.train.learning_rates import groups_of, settle_rates

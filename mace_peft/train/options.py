@@ -10,7 +10,7 @@ from typing import NoReturn
 from mace_peft.config import PeftConfig, check_effect
 from mace_peft.errors import PeftError, check_choice
 from mace_peft.methods import METHODS
-from mace_peft.train.candidates import AUTO
+from mace_peft.train.auto_candidates import AUTO
 from mace_peft.train.learning_rates import mark_defaults
 from mace_peft.train.run_files import check_files
 

@@ -21,7 +21,7 @@ from mace_peft.errors import PeftError
 from mace_peft.model.adapted import fingerprint, is_adapted, origin, trainable_parameters
 from mace_peft.model.inject import check, eject, inject
 from mace_peft.model.isolated import E0S
-from mace_peft.train.candidates import AUTO, methods_that_take
+from mace_peft.train.auto_candidates import AUTO, methods_that_take
 from mace_peft.train.foundation_head import choose_foundation_head, first_head
 from mace_peft.train.options import MODELS
 

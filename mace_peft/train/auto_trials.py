@@ -25,7 +25,7 @@ from mace_peft.fast.backward import backward_to
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.model.inject import trainability_kept
 from mace_peft.patching import replaced
-from mace_peft.train.candidates import AUTO, METHODS_TRIED, Candidate
+from mace_peft.train.auto_candidates import AUTO, METHODS_TRIED, Candidate
 
 SHARE = 5  # the trials take at most one in so many of the run's steps
 LEAST = 10  # steps of a trial before any is dropped

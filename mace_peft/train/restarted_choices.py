@@ -11,7 +11,7 @@ from mace.tools import get_tag
 
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError, one_line
-from mace_peft.train.candidates import AUTO, Candidate
+from mace_peft.train.auto_candidates import AUTO, Candidate
 from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 from mace_peft.train.checkpoints import REMEDY
 from mace_peft.train.learning_rates import NotGiven

@@ -18,12 +18,12 @@ from mace_peft.fast.messages import fast_messages
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.model.ranks import choose_ranks, start_along_gradients
 from mace_peft.patching import replaced
-from mace_peft.train.candidates import AUTO, Candidate, candidates
-from mace_peft.train.chosen import choice_before, ranks_before
+from mace_peft.train.auto_candidates import AUTO, Candidate, candidates
+from mace_peft.train.auto_trials import choose, training
 from mace_peft.train.gradients import differentiate
 from mace_peft.train.learning_rates import NotGiven, groups_of
+from mace_peft.train.restarted_choices import choice_before, ranks_before
 from mace_peft.train.start import Start, go_on, let_fitted_E0s_train
-from mace_peft.train.trials import choose, training
 
 
 class Given(NamedTuple):
