@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mace-peft", "mace-torch", "e3nn", "torch", "cuequivariance-torch")
 
 
-def environment() -> dict:
+def environment(*more: str) -> dict:
+    """more: packages beside the usual ones."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {"commit": commit_here(), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
-            "versions": {package: package_version(package) for package in PACKAGES}}
+            "versions": {package: package_version(package) for package in (*PACKAGES, *more)}}
 
 
 def commit_here() -> str:

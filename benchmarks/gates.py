@@ -10,13 +10,10 @@ forces that weigh 1000.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ase.io
 import away
@@ -29,6 +26,7 @@ from errors import predict
 from gates_report import write_report
 from mace import data, modules, tools
 from mace.tools import torch_geometric
+from studies import read_arguments, rounded, run_cells
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -40,7 +38,7 @@ from mace_peft.model import isolated
 from mace_peft.model.adapted import is_adapted
 from mace_peft.patching import replaced
 
-HERE = Path(__file__).resolve().parent
+FOUNDATION = {"foundation": "foundation model, float32", "pretraining": "structures like those it was trained on"}
 SETS = {"ethanol": ("rmd17/ethanol", "test"), "malonaldehyde": ("rmd17/malonaldehyde", "test"),
         "acac": ("acac", "test_300K")}
 EPOCHS, TRAINED, TESTED = 20, 50, 200
@@ -96,10 +94,6 @@ def cells() -> list[dict]:
     return gated + [{"data": name, "form": method, "targets": config.targets if config else "all parameters", "lr": lr,
                      "seed": seed} for seed, name, (method, (config, lr)) in itertools.product(
                          (1, 2), SETS, UNGATED.items())]
-
-
-def key(cell: dict) -> str:
-    return "; ".join(f"{name} {value}" for name, value in cell.items())
 
 
 def loader(model: torch.nn.Module, structures: list[Atoms], shuffle: bool):
@@ -214,35 +208,8 @@ def abroad(args, testing: list[Atoms]) -> tuple[list[str], list[Atoms]]:
     return list(found), list(found.values())
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def run_cells(cells: list[dict], run: Callable[[dict, argparse.Namespace], dict], args: argparse.Namespace) -> dict:
-    """Run those whose key has the text of ``--only`` and that have no result in ``--out`` yet; all results, by key."""
-    results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for cell in cells:
-        if key(cell) not in results and args.only in key(cell):
-            results[key(cell)] = run(cell, args)
-            print(json.dumps(results[key(cell)]), flush=True)
-            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
-            args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    return results
-
-
-def read_arguments(text: str, out: str) -> argparse.Namespace:
-    """The options of a study of fine-tunes. text: its docstring; out: the name of its results."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--foundation", type=Path, required=True, help="foundation model, float32")
-    parser.add_argument("--pretraining", type=Path, required=True, help="structures like those it was trained on")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that recipes/data.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / out)
-    parser.add_argument("--only", default="", help="cells whose key has this text")
-    return parser.parse_args()
-
-
 def main() -> None:
-    write_report(run_cells(cells(), run, read_arguments(__doc__, "gates.json")))
+    write_report(run_cells(cells(), run, read_arguments(__doc__, "gates.json", **FOUNDATION)))
 
 
 if __name__ == "__main__":

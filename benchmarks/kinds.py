@@ -25,6 +25,7 @@ from ase import Atoms
 from environment import environment
 from errors import predict
 from kinds_report import write_report
+from studies import read_arguments, rounded, run_cells
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
 
@@ -119,7 +120,7 @@ def run(cell: dict, args) -> dict:
             "mae_e": mae(home[0], np.array([atoms.info["REF_energy"] for atoms in testing])),
             "mae_f": mae(home[1], forces_of(testing)), "moved": mae(away[1], unmoved[1]),
             "abroad": mae(away[1], labels), "abroad_base": mae(unmoved[1], labels),
-            "seconds": gates.rounded(seconds), "environment": environment()}
+            "seconds": rounded(seconds), "environment": environment()}
 
 
 def forces_of(structures: list[Atoms]) -> np.ndarray:
@@ -127,12 +128,12 @@ def forces_of(structures: list[Atoms]) -> np.ndarray:
 
 
 def mae(one: np.ndarray, other: np.ndarray) -> float:
-    return gates.rounded(np.abs(one - other).mean())
+    return rounded(np.abs(one - other).mean())
 
 
 def main() -> None:
-    args = gates.read_arguments(__doc__, "kinds.json")
-    write_report(gates.run_cells(cells(), run, args))
+    args = read_arguments(__doc__, "kinds.json", **gates.FOUNDATION)
+    write_report(run_cells(cells(), run, args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""Which method is best on a foundation that people use: SevenNet-0, errors at home and on what it was trained on.
+
+    pip install -r recipes/sevennet/requirements.txt && pip install --no-deps .      (docs/sevennet.md)
+    python recipes/data.py rmd17/ethanol rmd17/malonaldehyde
+    python benchmarks/real.py --trained_on random_400.xyz --tungsten w_slabs
+
+runs the cells that have no result yet, adds each to results/real.json, and writes the table of docs/results/real.md.
+The weights come with the package sevenn. trained_on: frames of MPtrj, which SevenNet-0 has learnt; tungsten: a folder
+with train.xyz and test.xyz of slabs. Both have REF_energy (eV) and REF_forces (eV/A). All are trained alike: Adam with
+a cosine schedule, batches of 5 of 50 configurations, energies per atom that weigh 1 and forces that weigh 1000.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from environment import environment
+from real_report import write_report
+from sevenn.atom_graph_data import AtomGraphData
+from sevenn.train.dataload import unlabeled_atoms_to_graph
+from studies import read_arguments, rounded, run_cells
+from torch import nn
+from torch_geometric.loader import DataLoader
+
+from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
+from mace_peft.sevennet import load_foundation
+
+FOUNDATION, CUTOFF = "7net-0", 5.0  # A
+EPOCHS = {"ethanol": 30, "malonaldehyde": 30, "tungsten": 8}
+TRAINED, TESTED, BATCH = 50, 100, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Settings, the rate that was best on ethanol, and others that were tried there."""
+
+    config: PeftConfig
+    lr: float
+    others: tuple[float, ...] = ()
+
+
+ROWS = {
+    "full": Row(PeftConfig("full"), 0.01, (0.003, 0.03)),
+    "best": Row(PeftConfig("best"), 0.02, (0.04, 0.08)),
+    "elora": Row(PeftConfig("elora"), 0.03, (0.01,)),
+    "scales": Row(PeftConfig("scales"), 0.02),
+}
+TWICE = ("full", "best", "elora")  # with a second seed
+
+
+def cells() -> list[dict]:
+    """First the rates, then each row on each target, and a second seed."""
+    rates = [("ethanol", name, lr, 1) for name, row in ROWS.items() for lr in (row.lr, *row.others)]
+    chosen = [(data, name, row.lr, seed) for seed, data, (name, row) in itertools.product((1, 2), EPOCHS, ROWS.items())
+              if seed == 1 or name in TWICE]
+    return [dict(zip(("data", "row", "lr", "seed"), cell, strict=True)) for cell in dict.fromkeys((*rates, *chosen))]
+
+
+def read(args, data: str) -> tuple[list[Atoms], list[Atoms]]:
+    """The structures to train and to test on."""
+    folder = args.tungsten if data == "tungsten" else args.data / "rmd17" / data
+    return tuple(ase.io.read(folder / f"{name}.xyz", f":{count}")
+                 for name, count in (("train", TRAINED), ("test", TESTED)))
+
+
+def graphs(structures: list[Atoms]) -> list[AtomGraphData]:
+    made = []
+    for atoms in structures:
+        graph = AtomGraphData.from_numpy_dict(unlabeled_atoms_to_graph(atoms, CUTOFF))
+        graph["total_energy"] = torch.tensor(atoms.info["REF_energy"], dtype=torch.float32)
+        graph["force_of_atoms"] = torch.tensor(atoms.arrays["REF_forces"], dtype=torch.float32)
+        made.append(graph)
+    return made
+
+
+def loss(model: nn.Module, batch: AtomGraphData) -> torch.Tensor:
+    found = model(batch)
+    per_atom = (found["inferred_total_energy"] - batch["total_energy"]) / batch["num_atoms"]
+    return (per_atom**2).mean() + 1000 * ((found["inferred_force"] - batch["force_of_atoms"]) ** 2).mean()
+
+
+def adapt(model: nn.Module, config: PeftConfig, training: list[AtomGraphData]) -> None:
+    def differentiate(probed: nn.Module) -> None:
+        for batch in DataLoader(training, batch_size=BATCH):
+            loss(probed, batch).backward()
+
+    if config.rank == "auto":
+        config = choose_ranks(model, config, differentiate)
+    inject(model, config)
+    if config.start == "gradient":
+        start_along_gradients(model, differentiate)
+
+
+def train(model: nn.Module, training: list[AtomGraphData], lr: float, epochs: int) -> None:
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    batches = DataLoader(training, batch_size=BATCH, shuffle=True)
+    for _ in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            torch.autograd.backward(loss(model, batch), inputs=learnt)
+            torch.nn.utils.clip_grad_norm_(learnt, 100)
+            optimizer.step()
+        schedule.step()
+
+
+def predict(model: nn.Module, structures: list[AtomGraphData]) -> tuple[np.ndarray, np.ndarray]:
+    """Energies (eV) and forces (eV/A), of all structures one after another."""
+    found = [{key: output[key].detach() for key in ("inferred_total_energy", "inferred_force")}
+             for output in map(model, DataLoader(structures, batch_size=BATCH))]
+    return tuple(torch.cat([output[key] for output in found]).numpy() for key in found[0])
+
+
+def fit_E0s(model: nn.Module, structures: list[Atoms], labelled: list[AtomGraphData]) -> None:
+    """Shift the energies of elements, by least squares, so that those of the structures are met."""
+    elements = sorted({number for atoms in structures for number in atoms.numbers})
+    counts = np.array([[(atoms.numbers == number).sum() for number in elements] for atoms in structures])
+    missing = np.array([atoms.info["REF_energy"] for atoms in structures]) - predict(model, labelled)[0]
+    found = torch.tensor(np.linalg.lstsq(counts, missing, rcond=None)[0], dtype=torch.float32)
+    with torch.no_grad():
+        model.rescale_atomic_energy.shift[[model.type_map[number] for number in elements]] += found
+
+
+def run(cell: dict, args) -> dict:
+    """Fine-tune, and measure at home and abroad."""
+    training, testing = read(args, cell["data"])
+    abroad = ase.io.read(args.trained_on, "::10")
+    learning, asked, away = map(graphs, (training, testing, abroad))
+    torch.manual_seed(cell["seed"])
+    model = load_foundation(FOUNDATION)
+    model.set_is_batch_data(True)
+    unmoved, start = predict(model, away)[1], predict(model, asked)[1]
+    fit_E0s(model, training, learning)
+    adapt(model, ROWS[cell["row"]].config, learning)
+    began = time.process_time()
+    train(model, learning, cell["lr"], EPOCHS[cell["data"]])
+    seconds = time.process_time() - began
+    fit_E0s(model, training, learning)
+    (energies, forces), (_, moved) = predict(model, asked), predict(model, away)
+    labels, labels_away = (np.concatenate([atoms.arrays["REF_forces"] for atoms in each])
+                           for each in (testing, abroad))
+    return {**cell, "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            "mae_e": mae(energies, np.array([atoms.info["REF_energy"] for atoms in testing])),
+            "mae_f": mae(forces, labels), "before": mae(start, labels), "moved": mae(moved, unmoved),
+            "abroad": mae(moved, labels_away), "abroad_base": mae(unmoved, labels_away), "seconds": rounded(seconds),
+            "environment": environment("sevenn")}
+
+
+def mae(one: np.ndarray, other: np.ndarray) -> float:
+    return rounded(np.abs(one - other).mean())
+
+
+def main() -> None:
+    args = read_arguments(__doc__, "real.json", trained_on="frames that the foundation was trained on",
+                          tungsten="folder of slabs of tungsten")
+    write_report(run_cells(cells(), run, args))
+
+
+if __name__ == "__main__":
+    main()
