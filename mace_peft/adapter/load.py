@@ -49,8 +49,9 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
     source = description["foundation"]
     held = origin(foundation)["fingerprint"] if is_adapted(foundation) else fingerprint(foundation)
     if held != source["fingerprint"]:
-        raise PeftError(f"{directory} was trained from a foundation ({source['name']!r}) whose weights differ from the "
-                        "one given, or what else its predictions depend on, such as E0s, cutoff or elements "
+        name = f" ({source['name']!r})" if source["name"] else ""  # in Python, a foundation may have none
+        raise PeftError(f"{directory} was trained from a foundation{name} whose weights differ from the one given, or "
+                        "what else its predictions depend on, such as E0s, cutoff or elements "
                         f"(fingerprints {source['fingerprint'][:12]!r} and {held[:12]!r}): give that one")
     known = {"backbone": backbone.name, "model_class": backbone.describe(foundation)["model_class"]}
     for field, value in known.items():
