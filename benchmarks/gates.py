@@ -115,7 +115,9 @@ def fit_E0s(model: torch.nn.Module, structures: list[Atoms]) -> torch.nn.Module:
     return model
 
 
-def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
+def train(model: torch.nn.Module, structures: list[Atoms], lr: float, clip: float = 100,
+          further: Callable[[], Tensor] = lambda: 0) -> None:
+    """further: a loss that is added to that of each step."""
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
@@ -127,8 +129,8 @@ def train(model: torch.nn.Module, structures: list[Atoms], lr: float) -> None:
             for batch in batches:
                 optimizer.zero_grad()
                 output = model(batch.to_dict(), training=True)
-                torch.autograd.backward(loss(pred=output, ref=batch), inputs=learnt)
-                torch.nn.utils.clip_grad_norm_(learnt, 100)
+                torch.autograd.backward(loss(pred=output, ref=batch) + further(), inputs=learnt)
+                torch.nn.utils.clip_grad_norm_(learnt, clip)
                 optimizer.step()
             schedule.step()
     fast_messages(model, fast=False)

@@ -19,15 +19,18 @@ def errors(cells: list[dict]) -> str:
     """A row for each method and rate: means over seeds, in meV and meV/A."""
     rows: dict[tuple, list[dict]] = {}
     for cell in cells:
-        rows.setdefault((cell["row"], cell["lr"]), []).append(cell)
-    header = ["method", "lr", "trains", "seeds", *(f"{name}, E / F" for name in SETS.values()), "F abroad moved by"]
+        rows.setdefault((cell["clip"], cell["row"], cell["lr"]), []).append(cell)
+    header = ["method", "lr", "clipped at", "trains", "seeds", *(f"{name}, E / F" for name in SETS.values()),
+              "F abroad moved by"]
     if cells and cells[0]["kind"] == "near":
         header.append("F abroad (before)")
-    return table(header, [row(*key, found) for key, found in sorted(rows.items())])
+    return table(header, [row(found) for _, found in sorted(rows.items())])
 
 
-def row(name: str, lr: float, cells: list[dict]) -> list[str]:
-    written = [name, f"{lr:g}", f"{cells[0]['trained']:,}", str(len({cell["seed"] for cell in cells}))]
+def row(cells: list[dict]) -> list[str]:
+    first = cells[0]
+    written = [first["row"], f"{first['lr']:g}", str(first["clip"]), f"{first['trained']:,}",
+               str(len({cell["seed"] for cell in cells}))]
     for data in SETS:
         found = [cell for cell in cells if cell["data"] == data]
         written.append(" / ".join(mean(found, key) for key in ("mae_e", "mae_f") if found))

@@ -19,7 +19,7 @@ from mace_peft import PeftConfig, PeftError, inject, trainable_parameters
 from mace_peft.inspect.info import info
 from mace_peft.methods import METHODS
 from mace_peft.model.isolated import E0S
-from mace_peft.train.data import kept as kept_module
+from mace_peft.train.data import self_replay as kept_module
 from mace_peft.train.data.self_replay import kept_structures, made_of
 from mace_peft.train.self_replay import SelfReplay
 
