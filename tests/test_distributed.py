@@ -7,6 +7,7 @@ MACE starts a process group for GPUs only. These processes start one themselves 
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,6 +299,17 @@ def test_two_processes_keep_what_one_does_with_twice_the_batch_size(tmp_path):
     moved = [[line for line in (run.folder / "logs/run_run-1.log").read_text().splitlines() if "have moved" in line]
              for run in runs]
     assert len(moved[0]) == len(moved[1]) == 2
+
+
+def test_two_processes_choose_the_same_method(tmp_path):
+    run = distribute(write_inputs(tmp_path), 2, peft="auto", peft_rank=2, lr=None, batch_size=1, max_num_epochs=26,
+                     eval_interval=26, whole=False)
+    assert set(run.codes) == {0}, run.said("stderr")
+    log = (run.folder / "logs/run_run-1.log").read_text()
+    assert len(re.findall("Chosen: --peft", log)) == 1
+    first, second = run.trained()
+    assert first.keys() == second.keys() != set()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def assert_all_refuse(run: Ranks, words: str) -> None:
