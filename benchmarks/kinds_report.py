@@ -1,44 +1,110 @@
-"""The tables of docs/results/kinds.md, from results/kinds.json."""
+"""docs/results/kinds.md and real.md, and their figure, from results/kinds.json and real.json."""
 
 from __future__ import annotations
 
-import numpy as np
-from gates_report import SETS
-from pages import DOCS, fill, table, versions
+import json
 
-KINDS = ("near", "far")
+import numpy as np
+from pages import DOCS, fill, table, versions
+from studies import CLIP, RESULTS
+
+TARGETS = {"ethanol": "ethanol", "malonaldehyde": "malonaldehyde", "acac": "acetylacetone", "tungsten": "W slabs"}
+KINDS = {"near": "near", "far": "far", "real": "SevenNet-0"}
+SUM_UP = ("full", "best", "best, keep 0.01", "elora", "scales")
 
 
 def write_report(results: dict[str, dict]) -> None:
+    """The page of these cells, and what sums up all that there are."""
     cells = list(results.values())
-    parts = {kind: errors([cell for cell in cells if cell["kind"] == kind]) for kind in KINDS}
-    fill(DOCS / "results" / "kinds.md", {**parts, "versions": versions([cell["environment"] for cell in cells])})
+    parts = {kind: errors([cell for cell in cells if cell["kind"] == kind]) for kind in dict.fromkeys(
+        cell["kind"] for cell in cells)}
+    page = "real.md" if "real" in parts else "kinds.md"
+    fill(DOCS / "results" / page, {**parts, "versions": versions([cell["environment"] for cell in cells])})
+    every = [cell for name in ("kinds.json", "real.json") if (RESULTS / name).exists()
+             for cell in json.loads((RESULTS / name).read_text()).values()]
+    fill(DOCS / "results" / "kinds.md", {"summary": summary(every)})
+    draw(every)
+
+
+def grouped(cells: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[name] for name in names), []).append(cell)
+    return groups
+
+
+def mean(cells: list[dict], key: str) -> float:
+    """In meV or meV/A."""
+    return 1000 * float(np.mean([cell[key] for cell in cells]))
+
+
+def rise(cells: list[dict]) -> float:
+    """Of the force error abroad."""
+    return mean(cells, "abroad") - mean(cells, "abroad_base")
 
 
 def errors(cells: list[dict]) -> str:
-    """A row for each method and rate: means over seeds, in meV and meV/A."""
-    rows: dict[tuple, list[dict]] = {}
-    for cell in cells:
-        rows.setdefault((cell["clip"], cell["row"], cell["lr"]), []).append(cell)
-    header = ["method", "lr", "clipped at", "trains", "seeds", *(f"{name}, E / F" for name in SETS.values()),
-              "F abroad moved by"]
-    if cells and cells[0]["kind"] == "near":
-        header.append("F abroad (before)")
-    return table(header, [row(found) for _, found in sorted(rows.items())])
+    """A row for each target, method and rate: means over seeds, in meV and meV/A."""
+    header = ["target", "method", "lr", "clipped at", "trains", "seeds", "E", "F", "F abroad moved by"]
+    own_level = cells[0]["kind"] != "far"  # of the labels abroad
+    groups = grouped(cells, "data", "clip", "row", "lr")
+    rows = sorted(groups.items(), key=lambda item: (list(TARGETS).index(item[0][0]), *item[0][1:]))
+    return table([*header, *(["F abroad (before)"] if own_level else [])], [
+        [TARGETS[data], name, f"{lr:g}", str(clip), f"{found[0]['trained']:,}", str(len(found)),
+         *(f"{mean(found, key):.3g}" for key in ("mae_e", "mae_f", "moved")),
+         *([f"{mean(found, 'abroad'):.3g} ({mean(found, 'abroad_base'):.3g})"] if own_level else [])]
+        for (data, clip, name, lr), found in rows])
 
 
-def row(cells: list[dict]) -> list[str]:
-    first = cells[0]
-    written = [first["row"], f"{first['lr']:g}", str(first["clip"]), f"{first['trained']:,}",
-               str(len({cell["seed"] for cell in cells}))]
-    for data in SETS:
-        found = [cell for cell in cells if cell["data"] == data]
-        written.append(" / ".join(mean(found, key) for key in ("mae_e", "mae_f") if found))
-    written.append(mean(cells, "moved"))
-    if cells[0]["kind"] == "near":
-        written.append(f"{mean(cells, 'abroad')} ({mean(cells, 'abroad_base')})")
-    return written
+def chosen(cells: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """The cells of each kind and method at the rate that is best for forces on ethanol, by target."""
+    found = {}
+    for (kind, name), own in grouped([cell for cell in cells if cell["clip"] == CLIP], "kind", "row").items():
+        rates = grouped([cell for cell in own if cell["data"] == "ethanol"], "lr")
+        if rates:
+            lr = min(rates, key=lambda rate: mean(rates[rate], "mae_f"))[0]
+            found[kind, name] = {data: group for (data,), group in grouped(
+                [cell for cell in own if cell["lr"] == lr], "data").items()}
+    return found
 
 
-def mean(cells: list[dict], key: str) -> str:
-    return f"{1000 * np.mean([cell[key] for cell in cells]):.3g}"
+def summary(cells: list[dict]) -> str:
+    """Errors in terms of those of full fine-tuning on the same target, means over the targets that both have."""
+    best, rows = chosen(cells), []
+    for kind, name in [(kind, name) for kind in KINDS for name in SUM_UP if (kind, name) in best]:
+        pairs = [(found, best[kind, "full"][data], data) for data, found in best[kind, name].items()
+                 if data in best[kind, "full"]]
+        ratios = [np.mean([mean(found, key) / mean(full, key) for found, full, _ in pairs])
+                  for key in ("mae_f", "mae_e", "moved")]
+        risen = [rise(found) / rise(full) for found, full, _ in pairs]
+        rows.append([KINDS[kind], name, f"{best[kind, name]['ethanol'][0]['lr']:g}",
+                     ", ".join(f"{TARGETS[data]} ({len(found)})" for found, _, data in pairs),
+                     *(f"{ratio:.2f}" for ratio in ratios), f"{np.mean(risen):.2f}" if kind != "far" else ""])
+    return table(["target", "method", "lr", "of (seeds)", "F, full = 1", "E, full = 1", "F abroad moved, full = 1",
+                  "rise of the error abroad, full = 1"], rows)
+
+
+def draw(cells: list[dict]) -> None:
+    """Error at home over what has moved abroad, a point for each method and rate on ethanol."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [cell for cell in cells if cell["data"] == "ethanol" and cell["clip"] == CLIP]
+    kinds = [kind for kind in KINDS if any(cell["kind"] == kind for cell in shown)]
+    figure, (panels,) = plt.subplots(1, len(kinds), figsize=(3.4 * len(kinds) + 1.8, 3.4), layout="constrained",
+                                     squeeze=False)
+    names = list(dict.fromkeys(cell["row"] for cell in shown))
+    for panel, kind in zip(panels, kinds, strict=True):
+        for name in names:
+            points = grouped([cell for cell in shown if (cell["kind"], cell["row"]) == (kind, name)], "lr").values()
+            panel.plot([mean(found, "moved") for found in points], [mean(found, "mae_f") for found in points], "o",
+                       color=f"C{names.index(name)}", label=name)
+        panel.set(title=KINDS[kind], xlabel="forces abroad moved by, meV/A", xscale="log")
+    panels[0].set_ylabel("force error on ethanol, meV/A")
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(),
+                                                                          strict=True)}
+    figure.legend(handles.values(), handles, loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(DOCS / "figures" / "kinds.png", dpi=110)
+    plt.close(figure)

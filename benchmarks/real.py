@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from environment import environment
-from real_report import write_report
+from kinds_report import write_report
 from sevenn.atom_graph_data import AtomGraphData
 from sevenn.train.dataload import unlabeled_atoms_to_graph
-from studies import read_arguments, rounded, run_cells
+from studies import CLIP, read_arguments, rounded, run_cells
 from torch import nn
 from torch_geometric.loader import DataLoader
 
@@ -60,7 +60,8 @@ def cells() -> list[dict]:
     rates = [("ethanol", name, lr, 1) for name, row in ROWS.items() for lr in (row.lr, *row.others)]
     chosen = [(data, name, row.lr, seed) for seed, data, (name, row) in itertools.product((1, 2), EPOCHS, ROWS.items())
               if seed == 1 or name in TWICE]
-    return [dict(zip(("data", "row", "lr", "seed"), cell, strict=True)) for cell in dict.fromkeys((*rates, *chosen))]
+    return [{"kind": "real", "data": data, "row": name, "lr": lr, "clip": CLIP, "seed": seed}
+            for data, name, lr, seed in dict.fromkeys((*rates, *chosen))]
 
 
 def read(args, data: str) -> tuple[list[Atoms], list[Atoms]]:
@@ -107,7 +108,7 @@ def train(model: nn.Module, training: list[AtomGraphData], lr: float, epochs: in
         for batch in batches:
             optimizer.zero_grad()
             torch.autograd.backward(loss(model, batch), inputs=learnt)
-            torch.nn.utils.clip_grad_norm_(learnt, 10)
+            torch.nn.utils.clip_grad_norm_(learnt, CLIP)
             optimizer.step()
         schedule.step()
 

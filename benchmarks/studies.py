@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CLIP = 10  # of gradients, as by default in MACE
 
 
 def key(cell: dict) -> str:

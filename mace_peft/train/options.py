@@ -32,7 +32,7 @@ OPTIONS = {
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
     "peft_keep": "keep what the foundation predicts for other structures, some of which each step takes: an extended "
                  "XYZ file, whose labels are not read, or auto: molecules and crystals of the run's elements",
-    "peft_keep_weight": "weight of their loss, beside 1 for the training set (default: 1)",
+    "peft_keep_weight": "weight of their loss, beside 1 for the training set (default: 0.01)",
     "peft_fast": "False: the arithmetic of MACE itself, which gives the same numbers in more time (default: True)",
 }
 # options of MACE that cannot go with --peft, and why
@@ -42,6 +42,7 @@ CONFLICTS = {
     "les_arguments": "LES keeps the settings of the foundation: leave it out",
     "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
+KEEP_WEIGHT = 0.01  # keeps most and costs nothing at home in benchmarks/kinds.py
 OF_TRAINING = ("peft_keep", "peft_keep_weight")  # they shape no adapters, and the training takes them from args
 # --model values that take the foundation's blocks over: class of the model that MACE makes then
 MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
@@ -148,11 +149,11 @@ def check_keep(args: argparse.Namespace) -> None:
                             "structures or auto, or leave the weight out")
         return
     try:
-        args.peft_keep_weight = float(str(1.0 if weight is None else weight))
+        args.peft_keep_weight = float(str(KEEP_WEIGHT if weight is None else weight))
     except ValueError:
         args.peft_keep_weight = math.nan
     if not 0 < args.peft_keep_weight < math.inf:
-        raise PeftError(f"--peft_keep_weight {weight} is not a number above 0: give one, such as 1")
+        raise PeftError(f"--peft_keep_weight {weight} is not a number above 0: give one, such as {KEEP_WEIGHT}")
     if args.peft_keep != "auto" and not os.path.exists(args.peft_keep):
         raise PeftError(f"--peft_keep {args.peft_keep} does not exist: check the path, or use auto")
     if args.lbfgs:
