@@ -101,7 +101,7 @@ def draw(cells: list[dict]) -> None:
             points = grouped([cell for cell in shown if (cell["kind"], cell["row"]) == (kind, name)], "lr").values()
             panel.plot([mean(found, "moved") for found in points], [mean(found, "mae_f") for found in points], "o",
                        color=f"C{names.index(name)}", label=name)
-        panel.set(title=KINDS[kind], xlabel="forces abroad moved by, meV/A", xscale="log")
+        panel.set(title=KINDS[kind], xlabel="forces abroad moved by, meV/A")
     panels[0].set_ylabel("force error on ethanol, meV/A")
     handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(),
                                                                           strict=True)}
