@@ -76,10 +76,10 @@ def summary(cells: list[dict]) -> str:
                  if data in best[kind, "full"]]
         ratios = [np.mean([mean(found, key) / mean(full, key) for found, full, _ in pairs])
                   for key in ("mae_f", "mae_e", "moved")]
-        risen = [rise(found) / rise(full) for found, full, _ in pairs]
+        risen = [rise(found) / rise(full) for found, full, _ in pairs if kind != "far"]  # of labels of another level
         rows.append([KINDS[kind], name, f"{best[kind, name]['ethanol'][0]['lr']:g}",
                      ", ".join(f"{TARGETS[data]} ({len(found)})" for found, _, data in pairs),
-                     *(f"{ratio:.2f}" for ratio in ratios), f"{np.mean(risen):.2f}" if kind != "far" else ""])
+                     *(f"{ratio:.2f}" for ratio in ratios), f"{np.mean(risen):.2f}" if risen else ""])
     return table(["target", "method", "lr", "of (seeds)", "F, full = 1", "E, full = 1", "F abroad moved, full = 1",
                   "rise of the error abroad, full = 1"], rows)
 
