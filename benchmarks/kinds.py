@@ -29,6 +29,7 @@ from environment import environment
 from errors import predict
 from kinds_report import write_report
 from mace.modules import WeightedEnergyForcesLoss
+from mace.modules.lora import inject_LoRAs
 from studies import CLIP, read_arguments, rounded, run_cells
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
@@ -44,9 +45,12 @@ PRODUCTS_WHOLE = ("node_embedding,interactions.*.linear_up,interactions.*.linear
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Settings, the rates that were best on ethanol, others that were tried there, and the weight of self-replay."""
+    """Settings, the rates that were best on ethanol, others that were tried there, and the weight of self-replay.
 
-    config: PeftConfig
+    config: None is MACE's ``--lora``, of the rank that ``elora`` has.
+    """
+
+    config: PeftConfig | None
     near: float
     far: float
     others: tuple[float, ...] = ()
@@ -54,7 +58,8 @@ class Row:
 
 
 ROWS = {
-    "full": Row(PeftConfig("full"), 0.0025, 0.005, (0.01,)),
+    "full": Row(PeftConfig("full"), 0.0025, 0.005, (0.00125, 0.01)),
+    "MACE's --lora": Row(None, 0.08, 0.08, (0.02, 0.04, 0.16)),
     "best": Row(PeftConfig("best"), 0.02, 0.04, (0.08,)),
     **{f"best, keep {weight:g}": Row(PeftConfig("best"), 0.02, 0.04, keep=weight) for weight in (0.01, 0.1)},
     "best, start published": Row(PeftConfig("best", start="published"), 0.005, 0.005, (0.01,)),
@@ -68,15 +73,15 @@ ROWS = {
     "mmea": Row(PeftConfig("mmea"), 0.005, 0.005),
     "mmea, products whole": Row(PeftConfig("mmea", targets=PRODUCTS_WHOLE), 0.005, 0.005),
 }
-TWICE = ("full", "best", "best, keep 0.01", "elora")  # with a second seed
+DECIDE = ("full", "MACE's --lora", "best", "best, keep 0.01")  # with a second and a third seed
 
 
 def cells() -> list[dict]:
-    """First what decides: the rates, then each row on each target, and a second seed."""
+    """First what decides: the rates, then each row on each target, and more seeds."""
     rates = [(kind, "ethanol", name, lr, clip, 1) for clip, (name, row), kind in itertools.product(
         CLIPS, ROWS.items(), ("near", "far")) for lr in dict.fromkeys((row.near, row.far, *row.others))]
     chosen = [(kind, data, name, getattr(row, kind), CLIPS[0], seed) for seed, data, (name, row), kind in
-              itertools.product((1, 2), gates.SETS, ROWS.items(), ("near", "far")) if seed == 1 or name in TWICE]
+              itertools.product((1, 2, 3), gates.SETS, ROWS.items(), ("near", "far")) if seed == 1 or name in DECIDE]
     return [dict(zip(("kind", "data", "row", "lr", "clip", "seed"), cell, strict=True))
             for cell in dict.fromkeys((*rates, *chosen))]
 
@@ -102,7 +107,10 @@ def read(args, cell: dict) -> tuple[list[Atoms], list[Atoms]]:
     return tuple(map(label, sets) if cell["kind"] == "near" else sets)
 
 
-def adapt(model: torch.nn.Module, config: PeftConfig, training: list[Atoms]) -> None:
+def adapt(model: torch.nn.Module, config: PeftConfig | None, training: list[Atoms]) -> None:
+    if config is None:
+        inject_LoRAs(model, rank=16, alpha=1)  # alpha: MACE's default
+        return
     if config.rank == "auto":
         config = choose_ranks(model, config, training, forces_key="REF_forces")
     inject(model, config)

@@ -10,7 +10,7 @@ from studies import CLIP, RESULTS
 
 TARGETS = {"ethanol": "ethanol", "malonaldehyde": "malonaldehyde", "acac": "acetylacetone", "tungsten": "W slabs"}
 KINDS = {"near": "near", "far": "far", "real": "SevenNet-0"}
-SUM_UP = ("full", "best", "best, keep 0.01", "elora", "scales")
+SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "elora", "scales")
 
 
 def write_report(results: dict[str, dict]) -> None:
