@@ -58,6 +58,12 @@ MESSAGES: dict[str, dict] = {
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
 }
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
+# with gradients that are clipped as MACE does by default, and the rates that are tried there
+CLIP = 10
+CLIPPED = {"full": (0.0025, 0.005, 0.01), "MACE LoRA": (0.02, 0.08), "best": (0.01, 0.02, 0.04),
+           "elora linears": (0.005, 0.01, 0.02), "elora published": (0.005, 0.01), "mmea": (0.005, 0.01),
+           "small": (0.01, 0.02), "scales": (0.02,)}
+METHODS.update({name: {"peft": name} for name in ("best", "mmea")})  # by their defaults: bounded gates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +79,14 @@ class Cell:
     E0s: str = "estimated"
     seed: int = 1
     budget: str | None = None  # of --peft_rank auto
+    clip: int = 100
 
     @property
     def key(self) -> str:
         method = self.method.replace(", ", "-").replace(" ", "_")
         return (f"{self.data}-{method}-lr{self.lr:g}-epochs{self.epochs}-train{self.train}-rank{self.rank}-"
-                f"{self.E0s}-seed{self.seed}{'' if self.budget is None else f'-budget{self.budget}'}")
+                f"{self.E0s}-seed{self.seed}{'' if self.budget is None else f'-budget{self.budget}'}"
+                f"{'' if self.clip == 100 else f'-clip{self.clip}'}")
 
     @property
     def folder(self) -> str:
@@ -112,12 +120,12 @@ class Cell:
             "forces_weight": 1000, "lr": self.lr, "batch_size": 5, "valid_batch_size": 50,
             "max_num_epochs": self.epochs, "eval_interval": interval, "lr_factor": 0.8,
             "scheduler_patience": 5 * interval, "ema": True, "ema_decay": 0.995,
-            "clip_grad": 100, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
+            "clip_grad": self.clip, "weight_decay": 1e-8, "amsgrad": True, "default_dtype": "float64",
             "error_table": "TotalMAE", "plot": "False", "restart_latest": True, **stage_two, **method,
             **self.rank_options(method)}
 
     def rank_options(self, method: dict) -> dict:
-        if method.get("peft") in (None, "scales", "small") or "peft_rank" in method:
+        if method.get("peft") in (None, "scales", "small", "best") or "peft_rank" in method:
             return {}
         return {"peft_rank": self.rank} if self.budget is None else {"peft_rank": "auto", "peft_budget": self.budget}
 
@@ -172,6 +180,16 @@ def chosen_ranks(results: dict[str, dict], rates: dict[str, float]) -> Iterator[
                 yield dataclasses.replace(fixed, rank=16, budget=str(results[fixed.key]["parameters"]))
 
 
+def clipped(results: dict[str, dict], _) -> Iterator[Cell]:
+    """With gradients clipped at 10: rates on ethanol, and then every data set at the best of them."""
+    for method, rates in CLIPPED.items():
+        swept = [Cell("ethanol", method, lr, epochs=SWEPT, clip=CLIP) for lr in rates]
+        yield from swept
+        if all(cell.key in results for cell in swept):
+            lr = min(swept, key=lambda cell: validation_error(results[cell.key])).lr
+            yield from (Cell(data, method, lr, clip=CLIP) for data in DATA)
+
+
 def sizes(_, rates: dict[str, float]) -> Iterator[Cell]:
     """From fewer configurations and from more, in as many steps as the others."""
     methods = ("foundation", "full", "elora products", "mmea products")
@@ -200,5 +218,6 @@ EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
     "small": small,
     "messages": messages,
     "chosen": chosen_ranks,
+    "clipping": clipped,
     "E0s": grid(E0s=("average", "estimated"), data=("ethanol",), method=("full", "elora published", "mmea published")),
 }

@@ -10,6 +10,7 @@ from studies import CLIP, RESULTS
 
 TARGETS = {"ethanol": "ethanol", "malonaldehyde": "malonaldehyde", "acac": "acetylacetone", "tungsten": "W slabs"}
 KINDS = {"near": "near", "far": "far", "real": "SevenNet-0"}
+PAGES = {"kinds": "kinds.md", "real": "real.md"}  # which no other report writes
 SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "elora", "scales")
 
 
@@ -18,11 +19,11 @@ def write_report(results: dict[str, dict]) -> None:
     cells = list(results.values())
     parts = {kind: errors([cell for cell in cells if cell["kind"] == kind]) for kind in dict.fromkeys(
         cell["kind"] for cell in cells)}
-    page = "real.md" if "real" in parts else "kinds.md"
+    page = PAGES["real" if "real" in parts else "kinds"]
     fill(DOCS / "results" / page, {**parts, "versions": versions([cell["environment"] for cell in cells])})
     every = [cell for name in ("kinds.json", "real.json") if (RESULTS / name).exists()
              for cell in json.loads((RESULTS / name).read_text()).values()]
-    fill(DOCS / "results" / "kinds.md", {"summary": summary(every)})
+    fill(DOCS / "results" / PAGES["kinds"], {"summary": summary(every)})
     draw(every)
 
 

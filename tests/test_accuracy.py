@@ -37,7 +37,7 @@ def docs(benchmark, monkeypatch, tmp_path):
     folder = tmp_path / "docs"
     (folder / "figures").mkdir(parents=True)
     parts = ("versions", "molecules", "acac", "claims", "forgetting", "rates", "sizes", "ranks", "small", "chosen",
-             "messages", "ablations", "E0s", "aims")
+             "messages", "ablations", "E0s", "aims", "clipping")
     figures = [f"![](figures/accuracy_{name}.png)" for name in ("summary", "curves", "forgetting", "sizes")]
 
     def marks(*parts: str) -> str:
@@ -176,7 +176,7 @@ def test_the_sweep_goes_on_until_the_best_is_between_others(benchmark):
 
 def test_cells_wait_for_their_learning_rate(benchmark):
     cells = benchmark("cells")
-    waiting = cells.EXPERIMENTS.keys() - {"sweep", "small", "messages"}
+    waiting = cells.EXPERIMENTS.keys() - {"sweep", "small", "messages", "clipping"}
     assert all(not list(cells.EXPERIMENTS[name]({}, {})) for name in waiting)
     main = list(cells.EXPERIMENTS["main"]({}, {"full": 0.001}))
     assert {(cell.method, cell.lr) for cell in main} == {("full", 0.001)} and len(main) == 15
@@ -196,6 +196,20 @@ def test_any_number_of_configurations_takes_as_many_steps(benchmark):
 
 
 @pytest.mark.since("0.3.15")
+def test_clipping_at_10_is_shown_beside_the_published_one(benchmark):
+    cells, report = benchmark("cells"), benchmark("accuracy_report")
+    results = {cell.key: result(cells, cell, 0.1 / cell.lr) for cell in [*cells.sweep({}, {}), *cells.clipped({}, {})]}
+    for _ in range(2):
+        results |= {cell.key: result(cells, cell, 0.1 / cell.lr) for cell in cells.sweep(results, {})}
+    rates = cells.learning_rates(results)
+    results |= {cell.key: result(cells, cell, 0.012) for cell in cells.clipped(results, {}) if cell.tests} | {
+        cell.key: result(cells, cell, 0.02) for cell in cells.EXPERIMENTS["main"](results, rates) if cell.data == "acac"}
+    lines = report.clipping(benchmark("accuracy_results").Results(results)).splitlines()
+    assert "| full | 0.01 |" + 4 * " 12.0 / - |" + " 12.0 / 20.0 |" in lines  # the highest rate was the best here
+    assert "| best | 0.04 |" + 5 * " 12.0 / - |" in lines  # which has no cells with the published one
+
+
+@pytest.mark.since("0.3.15")
 def test_the_report_has_what_was_measured(benchmark, docs):
     cells, report = benchmark("cells"), benchmark("accuracy_report")
     swept = {cell.key: result(cells, cell, 0.1 / cell.lr) for cell in cells.sweep({}, {})}
@@ -205,7 +219,9 @@ def test_the_report_has_what_was_measured(benchmark, docs):
     force = {method: 0.010 + 0.001 * place for place, method in enumerate(cells.METHODS)}
     results = {cell.key: result(cells, cell, force[cell.method] + 0.002 * cell.seed)
                for name in cells.EXPERIMENTS for cell in cells.EXPERIMENTS[name](swept, rates)} | swept
+    (docs / "results" / "kinds.md").write_text("<!-- summary -->\nof another study\n<!-- end of summary -->")
     report.write_report(results)
+    assert "of another study" in (docs / "results" / "kinds.md").read_text()
     page, top = ((docs / name).read_text() for name in ("results/all.md", "results.md"))
     assert "| full | 1,000 (100.0 %) | 8.00 ± 1.00 | 16.0 ± 2.0 |" in page  # force[full] = 12, seeds 1 to 3 add 2 to 6
     assert "| MMEA below ELoRA, rMD17, force | 8.7 % | -4.3 % | -13.0 |" in page  # 24 against 23
