@@ -26,7 +26,7 @@ from errors import predict
 from gates_report import write_report
 from mace import data, modules, tools
 from mace.tools import torch_geometric
-from studies import read_arguments, rounded, run_cells
+from studies import labelled_forces, mae, read_arguments, rounded, run_cells
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -186,14 +186,13 @@ def run(cell: dict, args) -> dict:
         with Gains(model) as far:
             _, found = predict(model, structures, "cpu")
         lone = predict(model, [Atoms([number]) for number in model.atomic_numbers.tolist()], "cpu")[0]
-    error = energies - np.array([atoms.info["REF_energy"] for atoms in testing])
-    force = forces - np.concatenate([atoms.arrays["REF_forces"] for atoms in testing])
     largest = away.largest_forces(found, structures)
     above = ~(largest <= np.maximum(10 * of_base, 1))  # NaN is above
     worst = np.argmax(np.nan_to_num(largest / np.maximum(of_base, 0.1), nan=np.inf))
     E0s = isolated.E0s(model) if is_adapted(model) else model.atomic_energies_fn.atomic_energies
     shift = lone - E0s.detach().flatten().numpy()
-    return {**cell, "mae_e": rounded(np.abs(error).mean()), "mae_f": rounded(np.abs(force).mean()),
+    return {**cell, "mae_e": mae(energies, np.array([atoms.info["REF_energy"] for atoms in testing])),
+            "mae_f": mae(forces, labelled_forces(testing)),
             "gains_home": home.range, "gains_away": far.range, "away": len(structures), "above": int(above.sum()),
             "worst": names[worst], "worst_force": rounded(largest[worst]), "worst_base": rounded(of_base[worst]),
             "lone": rounded(np.abs(shift).max()), "seconds": rounded(seconds), "environment": environment()}

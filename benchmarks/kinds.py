@@ -30,7 +30,7 @@ from errors import predict
 from kinds_report import write_report
 from mace.modules import WeightedEnergyForcesLoss
 from mace.modules.lora import inject_LoRAs
-from studies import CLIP, read_arguments, rounded, run_cells
+from studies import CLIP, labelled_forces, mae, read_arguments, rounded, run_cells
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
 from mace_peft.train.data.self_replay import made_of
@@ -141,20 +141,12 @@ def run(cell: dict, args) -> dict:
     seconds = time.process_time() - began
     gates.fit_E0s(model, training)
     home, away, unmoved = (predict(*of, "cpu") for of in ((model, testing), (model, abroad), (base, abroad)))
-    labels = forces_of(abroad)
+    labels = labelled_forces(abroad)
     return {**cell, "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             "mae_e": mae(home[0], np.array([atoms.info["REF_energy"] for atoms in testing])),
-            "mae_f": mae(home[1], forces_of(testing)), "moved": mae(away[1], unmoved[1]),
+            "mae_f": mae(home[1], labelled_forces(testing)), "moved": mae(away[1], unmoved[1]),
             "abroad": mae(away[1], labels), "abroad_base": mae(unmoved[1], labels),
             "seconds": rounded(seconds), "environment": environment()}
-
-
-def forces_of(structures: list[Atoms]) -> np.ndarray:
-    return np.concatenate([atoms.arrays["REF_forces"] for atoms in structures])
-
-
-def mae(one: np.ndarray, other: np.ndarray) -> float:
-    return rounded(np.abs(one - other).mean())
 
 
 def main() -> None:

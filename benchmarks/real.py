@@ -25,7 +25,7 @@ from environment import environment
 from kinds_report import write_report
 from sevenn.atom_graph_data import AtomGraphData
 from sevenn.train.dataload import unlabeled_atoms_to_graph
-from studies import CLIP, read_arguments, rounded, run_cells
+from studies import CLIP, labelled_forces, mae, read_arguments, rounded, run_cells
 from torch import nn
 from torch_geometric.loader import DataLoader
 
@@ -146,17 +146,12 @@ def run(cell: dict, args) -> dict:
     seconds = time.process_time() - began
     fit_E0s(model, training, learning)
     (energies, forces), (_, moved) = predict(model, asked), predict(model, away)
-    labels, labels_away = (np.concatenate([atoms.arrays["REF_forces"] for atoms in each])
-                           for each in (testing, abroad))
+    labels, labels_away = map(labelled_forces, (testing, abroad))
     return {**cell, "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             "mae_e": mae(energies, np.array([atoms.info["REF_energy"] for atoms in testing])),
             "mae_f": mae(forces, labels), "before": mae(start, labels), "moved": mae(moved, unmoved),
             "abroad": mae(moved, labels_away), "abroad_base": mae(unmoved, labels_away), "seconds": rounded(seconds),
             "environment": environment("sevenn")}
-
-
-def mae(one: np.ndarray, other: np.ndarray) -> float:
-    return rounded(np.abs(one - other).mean())
 
 
 def main() -> None:

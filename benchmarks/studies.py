@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from ase import Atoms
+
 RESULTS = Path(__file__).resolve().parent / "results"
 CLIP = 10  # of gradients, as by default in MACE
 
@@ -17,6 +20,15 @@ def key(cell: dict) -> str:
 
 def rounded(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def mae(one: np.ndarray, other: np.ndarray) -> float:
+    return rounded(np.abs(one - other).mean())
+
+
+def labelled_forces(structures: list[Atoms]) -> np.ndarray:
+    """(atoms of all structures, 3)"""
+    return np.concatenate([atoms.arrays["REF_forces"] for atoms in structures])
 
 
 def run_cells(cells: list[dict], run: Callable[[dict, argparse.Namespace], dict], args: argparse.Namespace) -> dict:

@@ -4,7 +4,9 @@ Plain ``pytest`` leaves this file out by its name; ``pytest --noconftest tests/s
 and made from code, but for one test with SevenNet-0, which comes with sevenn.
 """
 
+import argparse
 import copy
+import importlib
 import os
 import re
 import runpy
@@ -325,3 +327,27 @@ def test_the_recipe_refuses_before_it_trains(foundation, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match=f"train.py: error: {words}"):
         run_recipe(tmp_path, foundation, monkeypatch, "--peft_rank", "2", *options, **start)
     assert not list(tmp_path.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("foundation", ["linear"], indirect=True)
+@pytest.mark.parametrize("row", ["full", "best"])
+def test_a_cell_of_the_study_runs(foundation, tmp_path, monkeypatch, row):
+    """Home is where the labels are 2 eV away, and abroad the foundation's own predictions are the labels."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    real = importlib.import_module("real")
+    for name, shift in (("train", 2.0), ("test", 2.0), ("abroad", 0.0)):
+        made = [structure(seed) for seed in range(3)]
+        for atoms in made:
+            energy, forces = predict(foundation, atoms)
+            atoms.info["REF_energy"], atoms.arrays["REF_forces"] = energy + shift, forces + shift / 20
+        folder = tmp_path / "rmd17" / "ethanol"
+        folder.mkdir(parents=True, exist_ok=True)
+        ase.io.write(folder / f"{name}.xyz", made)
+    monkeypatch.setattr(real, "FOUNDATION", foundation)
+    monkeypatch.setattr(real, "CUTOFF", SETTINGS["cutoff"])
+    monkeypatch.setitem(real.EPOCHS, "ethanol", 1)
+    args = argparse.Namespace(data=tmp_path, trained_on=folder / "abroad.xyz", tungsten=None)
+    found = real.run({"kind": "real", "data": "ethanol", "row": row, "lr": 0.01, "clip": 10, "seed": 1}, args)
+    assert found["before"] == pytest.approx(0.1, rel=1e-3) and found["abroad_base"] < 1e-5
+    assert found["mae_e"] < 1 and found["moved"] == pytest.approx(found["abroad"], rel=1e-2) and found["moved"] > 0
+    assert found["trained"] > 0
