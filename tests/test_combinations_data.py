@@ -126,6 +126,14 @@ def test_plots_are_those_of_mace_and_do_not_change_the_run(inputs, plain, tmp_pa
     assert "No figure" not in run.log and Axes.plot is draw
 
 
+@pytest.mark.since("0.3.16")
+@pytest.mark.parametrize("loss", ["universal", "virials"])
+def test_plots_do_without_a_label_that_no_structure_has(inputs, tmp_path, loss):
+    """Where MACE's fail, for it looks for errors of the stress with these losses."""
+    run = fine_tune(inputs, tmp_path, plot=True, loss=loss)
+    assert plots(run) == {f"{NAME}_run-{SEED}_train_Default_stage_one.png"} and "No figure" not in run.log
+
+
 def test_plots_that_fail_do_not_change_the_run(inputs, plain, tmp_path, monkeypatch):
     def fail(*args, **options):
         raise ValueError("label must be scalar")

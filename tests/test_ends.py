@@ -110,6 +110,12 @@ def test_the_table_of_errors_is_of_the_whole_training_set(inputs, tmp_path, batc
     assert train == valid
 
 
+def test_a_run_of_no_epoch_has_no_figure_and_says_so(inputs, tmp_path):
+    run = fine_tune(inputs, tmp_path, max_num_epochs=0, plot=True)
+    assert not list(tmp_path.rglob("*.png"))
+    assert run.log.count("INFO: No figure is drawn, for no epoch was trained") == 1
+
+
 def test_the_errors_of_an_earlier_run_of_the_name_are_set_aside(inputs, tmp_path):
     for _ in range(2):
         run = fine_tune(inputs, tmp_path, max_num_epochs=1)

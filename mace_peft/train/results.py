@@ -3,14 +3,12 @@ which they are."""
 
 import argparse
 import copy
-import functools
 import logging
 import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 from mace_peft.adapter.directory import add_training, save_adapter
@@ -21,10 +19,10 @@ from mace_peft.fast.messages import fast_messages
 from mace_peft.files import complete, one_line_errors
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold, freeze, settle_isolated_atoms
-from mace_peft.patching import replaced
 from mace_peft.train.progress import Progress
 from mace_peft.train.record import Record
 from mace_peft.train.run_files import adapter_directory, model_path
+from mace_peft.train.training_plots import mended
 
 STAGES = ("one", "two")
 
@@ -109,19 +107,7 @@ class Results:
         return self.record.evaluate(self.original.evaluate_for_table, model, **kwargs)
 
     def TrainingPlotter(self, *args, **kwargs):
-        """MACE's, but figures that fail are told of in the log, not in that for debugging alone."""
-        plotter = self.original.TrainingPlotter(*args, **kwargs)
-        draw = plotter.plot
-
-        def plot(*args, **kwargs) -> None:
-            try:
-                with replaced(Axes, "plot", labelled_by_text(Axes.plot)):
-                    draw(*args, **kwargs)
-            except Exception as error:  # nothing that goes wrong in a figure may stop a run
-                logging.warning(f"No figure is drawn ({type(error).__name__}: {one_line(error)})")
-
-        plotter.plot = plot
-        return plotter
+        return mended(self.original.TrainingPlotter(*args, **kwargs))
 
     def run(self, run: Callable) -> object:
         """MACE's ``run``. Raises PeftError for what fails after the training, and says what the results are."""
@@ -164,18 +150,6 @@ class Results:
                     f"{adapter!r}, {options})")
         return (f"from mace.calculators import MACECalculator; atoms.calc = MACECalculator(model_paths={model!r}, "
                 f"{options})")
-
-
-def labelled_by_text(plot: Callable) -> Callable:
-    """``Axes.plot`` for MACE, which labels the line of an error by a tuple: matplotlib 3.11 refuses that."""
-
-    @functools.wraps(plot)
-    def plot_labelled(axes, *args, **kwargs):
-        if isinstance(kwargs.get("label"), tuple):
-            kwargs["label"] = kwargs["label"][-1]  # the error and its unit, after MACE's name of it
-        return plot(axes, *args, **kwargs)
-
-    return plot_labelled
 
 
 def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:
