@@ -10,9 +10,11 @@ import pytest
 import torch
 from combined import assert_same
 from runs import Run, reach_training, relabel, train_here, write_inputs
+from tiny import tiny_mace
 
 from mace_peft import PeftConfig, PeftError
 from mace_peft.methods import METHODS
+from mace_peft.train.adapt import those_that_fit
 from mace_peft.train.auto_candidates import METHODS_TRIED, Candidate, candidates, methods_that_take
 from mace_peft.train.auto_trials import LEAST, affordable, choose, rounds
 from mace_peft.train.options import read_settings
@@ -160,6 +162,17 @@ def test_the_trials_take_a_fifth_of_the_steps(finished):
     assert STEPS + 2 * LEAST <= taken <= STEPS + STEPS // 5
     assert f"of the run's {STEPS} steps in all" in run.log
     assert "--peft auto does not try full: --peft_rank 2 has no effect on full" in run.log
+
+
+def test_full_is_left_out_where_its_adapter_directory_would_be_too_large(inputs, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    model, configs = tiny_mace(), [PeftConfig("best"), PeftConfig("full")]
+    assert those_that_fit(configs, model) == configs
+    monkeypatch.setattr("mace_peft.adapter.description.LARGEST_TENSORS", 8000)
+    assert those_that_fit(configs, model) == configs[:1]
+    assert re.search("--peft auto does not try full: .* bytes, .* by another --peft, or in float32", caplog.text)
+    with pytest.raises(PeftError, match="what trains has .* bytes"):
+        those_that_fit(configs[1:], model)
 
 
 def test_the_choice_repeated_gives_the_same_weights(finished, inputs):

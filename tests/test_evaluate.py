@@ -12,13 +12,15 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from mace.calculators import MACECalculator
 from tiny import configurations, randomise, tiny_mace
 
-from mace_peft import PeftConfig, PeftError, calculator, inject, save_adapter
+from mace_peft import PeftConfig, PeftError, calculator, eject, inject, load_adapter, save_adapter
 from mace_peft.backbones.foundation import rebuild
 from mace_peft.inspect.compare import compare
 from mace_peft.inspect.evaluate import draw, evaluate
-from mace_peft.inspect.strengths import compare_strengths
+from mace_peft.inspect.strengths import at_strengths, compare_strengths
 from mace_peft.inspect.strengths import draw as draw_over_strength
-from mace_peft.model.adapted import fingerprint
+from mace_peft.model import isolated
+from mace_peft.model.adapted import fingerprint, origin
+from mace_peft.model.inject import fold
 
 FOUNDATION = "foundation.model"
 E0S = [-1.5, -2.5, -2.0]  # eV, of the runs
@@ -226,6 +228,23 @@ def test_errors_at_strengths_are_those_of_the_calculators(away):
     assert read_table(first)["0"] == read_table(evaluate(FOUNDATION, ["mmea"], "labelled.xyz"))[
         f"{FOUNDATION}, E0s of mmea"]
     assert evaluate(FOUNDATION, ["mmea"], "labelled.xyz", strengths="") == text[:text.index("\nErrors on away.xyz")]
+
+
+@pytest.mark.parametrize("E0s_at", [1.0, 0.0])
+def test_E0s_that_the_adapter_has_learnt_to_shift_are_the_same_at_each_strength(E0s_at):
+    expected = isolated.E0s(load_adapter(FOUNDATION, "other", E0s_at))
+    loaded = torch.load(FOUNDATION, weights_only=False)
+    assert not torch.equal(expected, isolated.E0s(load_adapter(FOUNDATION, "other", 1 - E0s_at)))
+    for _, model in at_strengths(FOUNDATION, loaded, {"other": "float64"}, {1, 6, 8}, E0s_at):
+        torch.testing.assert_close(isolated.E0s(model), expected, rtol=0, atol=1e-12)
+
+
+def test_what_holds_a_part_of_what_its_run_has_learnt_is_no_foundation():
+    first = fold(randomise(inject(torch.load(FOUNDATION, weights_only=False), PeftConfig("mmea", rank=2))))
+    save_adapter(randomise(inject(eject(copy.deepcopy(first)), first.peft_config, origin(first))), "further")
+    torch.save(first, "first.model")
+    with pytest.raises(PeftError, match="first.model hold a part of what its run has learnt, .* further replaces"):
+        evaluate("first.model", ["further"], "labelled.xyz")
 
 
 def test_the_figure_has_the_errors_over_the_strength(away, folder):

@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from combined import train_only, write_small
 from e3nn import o3
 from mace.modules import WeightedEnergyForcesLoss
-from runs import train_here
+from runs import E0S, MOLECULE, train_here
 from test_reload import assert_reloads
 from tiny import assert_equal, batch, configurations, loaded, predict, randomise, tiny_mace
 
@@ -28,6 +28,7 @@ from mace_peft import (
     save_adapter,
     trainable_parameters,
 )
+from mace_peft.blocks.adapted import adapted_blocks
 from mace_peft.inspect.figures import plot
 from mace_peft.inspect.info import info
 from mace_peft.model.ranks import start_along_gradients
@@ -334,13 +335,36 @@ def test_small_is_elora_and_scales_of_ranks_that_are_chosen():
     assert "did you mean small" in fails(read_settings, Namespace(peft="smal"))
 
 
-def test_a_restart_with_another_start_goes_on_with_the_same_ranks(tmp_path, monkeypatch):
+def test_updates_that_have_been_trained_keep_their_start():
+    """And with them what the model predicts; new ones beside them begin along the gradients."""
+    model = inject(tiny_mace(), PeftConfig("elora", rank=2, start="gradient"))
+    updated = [block.adapter for block in adapted_blocks(model).values()]
+    for adapter in updated[1:]:
+        for B in adapter.B.values():
+            B.data.normal_()
+    before, expected = copy.deepcopy(model), predict(model, configurations(1))
+    start_along_gradients(model, differentiate)
+    assert_equal(predict(model, configurations(1)), expected)
+    turned = [not all(torch.equal(A, old.adapter.A[key]) for key, A in block.adapter.A.items())
+              for block, old in zip(adapted_blocks(model).values(), adapted_blocks(before).values(), strict=True)]
+    assert turned == [True] + [False] * (len(turned) - 1)
+    for B in updated[0].B.values():
+        B.data.normal_()
+    with pytest.raises(PeftError, match="have been trained, and another start would change what it predicts"):
+        start_along_gradients(model, differentiate)
+
+
+def test_more_targets_of_a_further_run_begin_along_the_gradients(tmp_path):
+    options = {"peft": "elora", "peft_rank": 1, "peft_start": "gradient", "E0s": E0S[MOLECULE]}
     inputs = write_small(tmp_path)
-    options = {"peft": "gates", "peft_rank": "auto", "peft_targets": "all", "peft_budget": "30%"}
-    _, given = train_only(inputs, "whole", max_num_epochs=1, **options)
-    monkeypatch.setattr("mace_peft.train.adapt.choose_ranks", None)
-    _, again = train_only(inputs, "whole", "--restart_latest", max_num_epochs=2, peft_init_std=1.0, **options)
-    assert again["model"].peft_config.rank_pattern == given["model"].peft_config.rank_pattern
+    first, _ = train_only(inputs, "first", max_num_epochs=1, peft_targets="products.*.linear", **options)
+    train_here(inputs, **options, max_num_epochs=1, peft_targets="products.*.linear", work_dir=first.folder)
+    _, given = train_only(inputs, "second", **options, peft_adapter=first.adapter(), max_num_epochs=1,
+                          peft_targets="products.*.linear,interactions.*.linear", lr=1e-30)
+    for name, block in adapted_blocks(given["model"]).items():
+        if name.startswith("interactions"):
+            for A in block.adapter.A.values():  # columns of length 1 as singular vectors have, and those drawn have not
+                assert A.square().sum(0).tolist() == pytest.approx([1], abs=1e-6)
 
 
 def test_the_least_budget_that_is_named_is_enough():

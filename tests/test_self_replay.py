@@ -191,6 +191,9 @@ def inputs(tmp_path_factory):
     ase.io.write(folder / "kept.xyz", others(20))
     ase.io.write(folder / "one.xyz", others()[:1])
     ase.io.write(folder / "nitrogen.xyz", configurations(3, "NH3"))
+    without_cell = others()[:2]
+    without_cell[1].pbc, without_cell[1].cell = True, None
+    ase.io.write(folder / "nocell.xyz", without_cell)
     (folder / "empty.xyz").write_text("")
     return folder
 
@@ -260,6 +263,8 @@ MISTAKES = {
     "empty file": ({"peft_keep": "empty.xyz"}, "empty.xyz (has no structures|cannot be read)"),
     "folder": ({"peft_keep": "."}, "error: . is no regular file"),
     "one structure": ({"peft_keep": "one.xyz"}, "one.xyz has one structure, .* give more"),
+    "no cell": ({"peft_keep": "nocell.xyz"}, "structure 1 of nocell.xyz is periodic, and has no cell"),
+    "no cell, looked at": ({"peft_keep": "nocell.xyz", "dry_run": True}, "structure 1 of nocell.xyz is periodic"),
     "element": ({"peft_keep": "nitrogen.xyz"}, "nitrogen.xyz has structures of N, .* this run knows H C O"),
     "nothing to make": ({"peft_keep": "auto"}, "no molecule and no crystal to keep can be made of H C O"),
     "weight": ({"peft_keep": "auto", "peft_keep_weight": 0}, "--peft_keep_weight 0 is not a number above 0"),
@@ -277,7 +282,7 @@ def test_a_mistake_is_one_line_before_the_training(inputs, tmp_path, capsys, mon
     monkeypatch.setattr(kept_module, "crystals", lambda known: [])
     monkeypatch.setattr(run_train.tools, "train", lambda **given: pytest.fail("it trains"))
     given = {**PEFT, **options}
-    flags = ["--lbfgs"] if given.pop("lbfgs", False) else []
+    flags = [f"--{name}" for name in ("lbfgs", "dry_run") if given.pop(name, False)]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train_here(inputs, *flags, **given, work_dir=tmp_path)

@@ -27,7 +27,7 @@ from mace_peft.adapter.directory import contents, read_adapter
 from mace_peft.deploy import export
 from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.inspect.info import info
-from mace_peft.model.adapted import fingerprint
+from mace_peft.model.adapted import fingerprint, origin
 from mace_peft.model.inject import fold, settle_isolated_atoms
 
 STRUCTURES = configurations(2)
@@ -225,6 +225,22 @@ def test_what_cannot_have_another_one_is_refused(folder, tmp_path):
     assert not (tmp_path / "folded").exists()
     with disable_adapter(model := loaded(folder, "elora")), pytest.raises(PeftError, match="leave disable_adapter"):
         set_strength(model, 0.5)
+
+
+def test_gates_of_a_further_run_beside_what_the_first_has_folded_take_no_other(folder, tmp_path):
+    """Without them, what is left is neither the foundation nor what the further run started from."""
+    first = fold(loaded(folder, "mmea"))
+    further = inject(eject(copy.deepcopy(first)), first.peft_config, origin(first))
+    save_adapter(randomise(further), tmp_path / "further")
+    expected = predict(further, STRUCTURES)
+    model = load_adapter(copy.deepcopy(first), tmp_path / "further")
+    assert_close(predict(model, STRUCTURES), expected)
+    with pytest.raises(PeftError, match="folded into"):
+        set_strength(model, 0.5)
+    with pytest.raises(PeftError, match="folded into"), disable_adapter(model):
+        pass
+    with pytest.raises(PeftError, match="does not fit: .*folded into"):
+        load_adapter(copy.deepcopy(first), tmp_path / "further", 0.5)
 
 
 def test_an_adapter_that_says_another_number_is_refused(folder, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 import mace_peft
 from mace_peft import e3nn
 from mace_peft.backbones import backbone_of
-from mace_peft.config import LONGEST_PATTERNS
+from mace_peft.config import LONGEST_PATTERNS, PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import origin, trainable_parameters
 from mace_peft.model.summary import size_of_base
@@ -95,10 +95,7 @@ def describe(model: nn.Module) -> dict:
     of them than it may hold.
     """
     backbone = backbone_of(model)
-    size = sum(tensor.nbytes for tensor in trainable_parameters(model).values())
-    if size > LARGEST_TENSORS:
-        raise PeftError(f"what trains has {size:,} bytes, and an adapter directory holds at most {LARGEST_TENSORS:,}: "
-                        "let less train, by other <targets> or a smaller <rank>, or in float32")
+    check_size(sum(tensor.nbytes for tensor in trainable_parameters(model).values()), model.peft_config)
     full = {field: model.peft_full.get(name, buffer) for field, (name, buffer) in backbone.constants(model).items()}
     held = {field: torch.atleast_2d(buffer) if field == "E0s" else torch.atleast_1d(buffer)
             for field, buffer in full.items()}
@@ -119,6 +116,14 @@ def describe(model: nn.Module) -> dict:
         raise PeftError(f"an adapter directory has no place for the {name} {said[name]!r:.200} of this model, which "
                         "are too long, too many or no finite numbers: change them in the model")
     return said
+
+
+def check_size(size: int, config: PeftConfig) -> None:
+    """Raise PeftError if what trains with these settings has more bytes than an adapter directory may hold."""
+    if size > LARGEST_TENSORS:
+        less = "another <method>" if config.row.trains_base else "other <targets> or a smaller <rank>"
+        raise PeftError(f"what trains has {size:,} bytes, and an adapter directory holds at most {LARGEST_TENSORS:,}: "
+                        f"let less train, by {less}, or in float32")
 
 
 def improper(description: dict) -> list[str]:

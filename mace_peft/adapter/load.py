@@ -11,7 +11,7 @@ from torch import nn
 from mace_peft.adapter.directory import read_adapter
 from mace_peft.backbones import backbone_of, load_foundation
 from mace_peft.errors import PeftError, one_line
-from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, trainable_parameters
+from mace_peft.model.adapted import check_switched_on, fingerprint, is_adapted, origin, settle, trainable_parameters
 from mace_peft.model.inject import inject, take_adapters_out
 from mace_peft.model.retired import retire
 from mace_peft.model.strength import check_strength, set_strength
@@ -59,10 +59,13 @@ def load_adapter(foundation: nn.Module | str | os.PathLike, directory: str | os.
             raise PeftError(f"{directory} was trained with the {field} {description[field]!r:.200}, and the foundation "
                             f"has {value!r}: give that of the training, or save the adapter again")
     learnt = trainable_parameters(foundation) if is_adapted(foundation) else {}
+    folded = is_adapted(foundation) and foundation.peft_folded  # so that its base is no model without the gates
     try:
         with left_alone_on_error(foundation):
             model = base_for(foundation, description)
             inject(model, config, source)
+            if folded:
+                settle(model, config, source, folded)
             fill(model, tensors, complete=True)
             set_energies(model, description)
             model.peft_gains = description["gains"]

@@ -151,6 +151,10 @@ def models_of(foundation: str, loaded: nn.Module, dtypes: dict[str, str], number
         start = {field: values.tolist() for field, values in constants.items()}
         if start not in starts:
             starts.append(start)
+            if model.peft_folded:
+                raise PeftError(f"the weights of {foundation} hold a part of what its run has learnt, and its gates "
+                                f"the rest, which {adapter} replaces: give the foundation of that run, or evaluate "
+                                "each model by itself")
             yield f"{foundation}, E0s of {adapter}", start_of(model)
         yield adapter, model
 

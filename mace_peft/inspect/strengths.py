@@ -15,7 +15,7 @@ from mace_peft.adapter.load import load_adapter
 from mace_peft.errors import PeftError, printable
 from mace_peft.inspect.compare import QUANTITIES, Values, prepare
 from mace_peft.inspect.figures import STYLE
-from mace_peft.model.isolated import E0S
+from mace_peft.model import isolated
 from mace_peft.model.strength import set_strength
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -47,10 +47,10 @@ def at_strengths(foundation: str, loaded: nn.Module, dtypes: dict[str, str], num
     """The model of the adapter at each strength, by that, with the E0s that it has at the strength ``E0s_at``."""
     ((adapter, dtype),) = dtypes.items()
     model = load_adapter(loaded.to(getattr(torch, dtype)), adapter, E0s_at)
-    E0s = model.get_buffer(E0S).clone()
+    E0s = isolated.E0s(model).detach().clone()  # with the shift that the adapter has learnt
     for strength in STRENGTHS:
         of_strength = set_strength(copy.deepcopy(model), strength)
-        of_strength.get_buffer(E0S).copy_(E0s)
+        of_strength.get_buffer(isolated.E0S).add_(E0s - isolated.E0s(of_strength).detach())
         yield f"{strength:g}", of_strength
 
 

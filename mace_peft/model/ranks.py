@@ -92,19 +92,28 @@ def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn
                           forces_key: str | None = None) -> nn.Module:
     """Let the low-rank updates of an adapted model begin where its first gradients point. Returns the model.
 
-    That is the start ``gradient``. The model predicts what it predicted; gates and scales stay as they are. data: as
-    for ``choose_ranks``. Raises PeftError if the model has no adapters, and as ``choose_ranks`` does for structures and
-    gradients.
+    That is the start ``gradient``. The model predicts what it predicted: gates and scales stay as they are, and so do
+    updates that have been trained. data: as for ``choose_ranks``. Raises PeftError if the model has no adapters, if all
+    of its updates have been trained, and as ``choose_ranks`` does for structures and gradients.
     """
     check_adapted(model)
+    blocks = untrained_updates(model)
+    if not blocks and any(isinstance(block, Updated) for block in adapted_blocks(model).values()):
+        raise PeftError("the updates of this model have been trained, and another start would change what it predicts: "
+                        "choose the start of new ones, after inject")
     differentiate = data if callable(data) else learn_forces(model, data, forces_key)
     probed = copy.deepcopy(model).requires_grad_(True)
     differentiate(probed)
-    blocks = adapted_blocks(model)
-    for name, block in adapted_blocks(probed).items():
-        if isinstance(block, Updated):
-            blocks[name].adapter.start_along(gradients_of(name, weights_of(block, block.adapter.names)))
+    for name, block in blocks.items():
+        weights = weights_of(probed.get_submodule(name), block.adapter.names)
+        block.adapter.start_along(gradients_of(name, weights))
     return model
+
+
+def untrained_updates(model: nn.Module) -> dict[str, Updated]:
+    """The blocks whose weights have an update that is zero, as at its start, or none."""
+    return {name: block for name, block in adapted_blocks(model).items() if isinstance(block, Updated) and not any(
+        update.any() for update, _ in block.adapter.low_rank_updates(weights_of(block, block.adapter.names)).values())}
 
 
 def gradients_of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ import torch
 from mace.tools.torch_geometric.dataloader import DataLoader
 from torch import nn
 
+from mace_peft.adapter.description import check_size
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.fast.messages import fast_messages
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.model.ranks import choose_ranks, start_along_gradients
+from mace_peft.model.ranks import choose_ranks, start_along_gradients, untrained_updates
 from mace_peft.patching import replaced
 from mace_peft.train.auto_candidates import AUTO, Candidate, candidates
 from mace_peft.train.auto_trials import choose, training
@@ -54,7 +55,7 @@ def adapt(given: Given, model: nn.Module, config: PeftConfig, adapted: nn.Module
     if config.rank == "auto" and config.rank_pattern is None:
         config = ranks_before(given.args, config) or choose_ranks(model, config, look)
     new = go_on(model, config, given.start.foundation, adapted)
-    if config.start == "gradient" and adapted is None:
+    if config.start == "gradient" and untrained_updates(model):
         start_along_gradients(model, look)
     fast_messages(model, given.fast)
     return new
@@ -71,10 +72,27 @@ def choose_method(given: Given, model: nn.Module) -> Candidate:
     before = choice_before(args, start.tried)
     if before is not None:
         return before
-    table = candidates(start.tried, None if isinstance(args.lr, NotGiven) else args.lr)
+    table = candidates(those_that_fit(start.tried, model), None if isinstance(args.lr, NotGiven) else args.lr)
     steps = args.max_num_epochs * len(given.train_loader)
     with torch.random.fork_rng(devices=[]):  # loaders draw numbers, too
         return choose(table, steps, functools.partial(begin_trial, given, model))
+
+
+def those_that_fit(configs: Sequence[PeftConfig], model: nn.Module) -> list[PeftConfig]:
+    """The settings whose result an adapter directory can hold; the log says why not the others.
+
+    Raises PeftError if that of the only ones is too large.
+    """
+    size, fitting = sum(parameter.nbytes for parameter in model.parameters()), []
+    for config in configs:
+        try:
+            check_size(size if config.row.trains_base else 0, config)
+            fitting.append(config)
+        except PeftError as error:
+            if len(configs) == 1:
+                raise
+            logging.info(f"--peft {AUTO} does not try {config.method}: {error.on_command_line()}")
+    return fitting
 
 
 def begin_trial(given: Given, model: nn.Module, candidate: Candidate) -> Callable[[int], float]:

@@ -144,11 +144,11 @@ class AdapterCheckpointHandler(CheckpointHandler):
         return checkpoint
 
     def check(self, path: str, checkpoint: dict, model: torch.nn.Module) -> None:
-        """Raise PeftError unless the checkpoint has these settings, but for those of the start, and this base."""
+        """Raise PeftError unless the checkpoint has these settings and this base."""
         if "peft" not in checkpoint:
             raise PeftError(f"the checkpoint {path} was made without --peft: restart without --peft, or give this run "
                             "another --name")
-        made = PeftConfig(**{**checkpoint["peft"], "init_std": self.config.init_std, "start": self.config.start})
+        made = PeftConfig(**checkpoint["peft"])
         if made != self.config:
             raise PeftError(f"the checkpoint {path} was made with {made.options()}, and this run asks for "
                             f"{self.config.options()}: {REMEDY}")

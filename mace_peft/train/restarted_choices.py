@@ -42,7 +42,7 @@ def ranks_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | N
     before = checkpoint_before(args)
     if before is None or before[2].method != config.method:
         return None  # whoever loads it says so, here and below
-    made = dataclasses.replace(before[2], init_std=config.init_std, start=config.start)
+    made = before[2]
     chosen = dataclasses.replace(config, rank_pattern=made.rank_pattern) if made.rank == "auto" else None
     return chosen if chosen == made else None
 

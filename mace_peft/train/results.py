@@ -132,7 +132,7 @@ class Results:
             if not stage_two or stage_two in self.saved:
                 if stage_two in self.saved:  # by the first process
                     self.tell(stage_two)
-                level, line = outcome(self.record.progress, stage_two)
+                level, line = outcome(self.record.progress, stage_two, self.args.lbfgs)
                 if len(heads) > 1:
                     line += f" (losses of the head {heads[-1]}, by which MACE chooses)"
                 model, adapter = self.paths(stage_two)
@@ -152,8 +152,8 @@ class Results:
                 f"{options})")
 
 
-def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:
-    """The level and the line with which the log says what the result of the stage is."""
+def outcome(progress: Progress, stage_two: bool, lbfgs: bool) -> tuple[int, str]:
+    """The level and the line with which the log says what the result of the stage is. lbfgs: no rate acts on it."""
     result, own = progress.result(stage_two), progress.stages[stage_two] if stage_two < len(progress.stages) else None
     before = "for the result of stage one" if stage_two else "before the training"
     if own is not None and result is own:
@@ -163,5 +163,5 @@ def outcome(progress: Progress, stage_two: bool) -> tuple[int, str]:
     if own is None or own.epoch is None:
         return logging.WARNING, f"{what}, for no epoch of stage {STAGES[stage_two]} was trained and evaluated"
     return logging.WARNING, (f"{what}, for no epoch of stage {STAGES[stage_two]} was better: the lowest validation "
-                             f"loss was {own.best:.8f} in epoch {own.epoch}, and {own.start:.8f} {before}; try another "
-                             f"{'--swa_lr' if stage_two else '--lr'}")
+                             f"loss was {own.best:.8f} in epoch {own.epoch}, and {own.start:.8f} {before}; try "
+                             + ("a run without --lbfgs" if lbfgs else f"another {'--swa_lr' if stage_two else '--lr'}"))

@@ -97,6 +97,10 @@ def find_start(args: argparse.Namespace, settings: dict) -> Start:
     if model.peft_strength != 1:
         raise PeftError(f"the adapter in {given} has the strength {model.peft_strength:g}, and only one of strength 1 "
                         "trains further: give what its run left, or save it again after set_strength(model, 1)")
+    if model.peft_folded and args.peft_keep is not None:
+        raise PeftError(f"--peft_keep {args.peft_keep} cannot go with {given}, whose weights hold a part of what its "
+                        "run has learnt, so that no foundation is left to keep: give the foundation, and the adapter "
+                        "by --peft_adapter")
     config = settings_from(model.peft_config, settings, given)
     go_on(eject(copy.deepcopy(model)), config, source, model)
     return Start(config, source, model.atomic_numbers.tolist(), model)

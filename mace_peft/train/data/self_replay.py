@@ -15,7 +15,7 @@ from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference
 
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
-from mace_peft.labels import DEFAULT_KEYS, STATES, read
+from mace_peft.labels import DEFAULT_KEYS, STATES, from_atoms, label_keys, read
 
 AUTO = "auto"
 COUNT, SEED = 200, 0  # of the structures that are made
@@ -34,12 +34,13 @@ def kept_structures(source: str, elements: Collection[int]) -> list[Atoms]:
     """The structures of an extended XYZ file, without their labels, or ``made_of`` the elements where it is ``auto``.
 
     elements: atomic numbers that the model knows. Of the file, charge, spin and temperature under MACE's own keys
-    count, too. Raises PeftError for a file that cannot be read, or that has fewer than two structures or other
-    elements, and if nothing can be made.
+    count, too. Raises PeftError for a file that cannot be read, for structures that MACE does not take, for fewer than
+    two or of other elements, and if nothing can be made.
     """
     if source == AUTO:
         return made_of(elements)
     structures = [bare(atoms) for atoms in read(source)]
+    from_atoms(structures, label_keys(), source)
     if len(structures) < 2:
         raise PeftError(f"{source} has one structure, and some of those that are kept are held out: give more")
     unknown = {int(number) for atoms in structures for number in atoms.numbers} - set(elements)
