@@ -13,6 +13,7 @@ from tiny import configurations, predict
 
 from mace_peft import load_adapter
 from mace_peft.train import results
+from mace_peft.train.progress import Progress, Stage
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -235,3 +236,11 @@ def test_figures_and_texts_that_fail_are_told_of_and_the_run_goes_on(inputs, tmp
     assert run.log.count(f"{run.adapter()} does not say how it was trained (injected)") == 2
     assert "training" not in run.adapter_config() and len(last_lines(run)) == 1
     check_files(inputs, run, False)
+
+
+@pytest.mark.parametrize("stages, lbfgs, remedy", [(1, False, "try another --lr"), (2, False, "try another --swa_lr"),
+                                                   (1, True, "try a run without --lbfgs")])
+def test_the_remedy_for_a_run_without_a_better_epoch_acts_on_its_optimizer(stages, lbfgs, remedy):
+    progress = Progress({}, [Stage(1.0, best=0.5 if number else 2.0, epoch=3) for number in reversed(range(stages))])
+    _, line = results.outcome(progress, stages == 2, lbfgs)
+    assert line.endswith(remedy)

@@ -60,11 +60,11 @@ def test_the_summary_compares_with_full_fine_tuning_target_by_target(benchmark):
         made("far", "ethanol", "full", 0.01, 1), made("far", "ethanol", "best", 0.01, 1, mae_e=0.005, moved=0.05)]
     rows = benchmark("kinds_report").summary(cells).splitlines()[2:]
     assert rows == [
-        "| near | full | 0.02 | ethanol (1), acetylacetone (1) | 1.00 | 1.00 | 1.00 | 1.00 |",
+        "| near | full | 0.02 | ethanol (1), acetylacetone (1) | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 | 1.00 |",
         # (18 / 20 + 16 / 20) / 2, and a rise of 5 and of 10 beside 20
-        "| near | best | 0.04 | ethanol (2), acetylacetone (1) | 0.85 | 1.00 | 1.00 | 0.38 |",
-        "| far | full | 0.01 | ethanol (1) | 1.00 | 1.00 | 1.00 |  |",
-        "| far | best | 0.01 | ethanol (1) | 1.00 | 0.50 | 0.50 |  |"]
+        "| near | best | 0.04 | ethanol (2), acetylacetone (1) | 0.85 | 0.80 to 0.90 | 1.00 | 1.00 | 0.38 |",
+        "| far | full | 0.01 | ethanol (1) | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 |  |",
+        "| far | best | 0.01 | ethanol (1) | 1.00 | 1.00 to 1.00 | 0.50 | 0.50 |  |"]
 
 
 @pytest.mark.since("0.3.15")
@@ -94,5 +94,5 @@ def test_a_cell_runs_and_is_reported(benchmark, tmp_path, monkeypatch, row):
     report.write_report({"a": found})
     page = (docs / "results" / "kinds.md").read_text()
     assert f"| ethanol | {row} | 0.01 | 10 | {found['trained']:,} | 1 |" in page
-    assert f"| far | {row} | 0.01 | ethanol (1) | 1.00 | 1.00 | 1.00 |  |" in page
+    assert f"| far | {row} | 0.01 | ethanol (1) | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 |  |" in page
     assert (docs / "figures" / "kinds.png").stat().st_size > 5000
