@@ -15,7 +15,8 @@ STYLES = {"foundation": ("0.6", ":"), "scratch": ("0.6", "-"), "full": ("black",
           "MACE LoRA": ("black", "--"), "elora products": ("tab:blue", "-"), "elora linears": ("tab:blue", "--"),
           "elora published": ("tab:blue", ":"), "mmea products": ("tab:orange", "-"),
           "mmea linears": ("tab:orange", "--"), "mmea published": ("tab:orange", ":"),
-          "gates": ("tab:orange", "-."), "scales": ("tab:green", "-"), "small": ("tab:green", "--")}
+          "gates": ("tab:orange", "-."), "scales": ("tab:green", "-"), "small": ("tab:green", "--"),
+          "best": ("tab:red", "-"), "mmea": ("tab:red", "--")}
 
 
 def data_panels(found: Results) -> tuple[plt.Figure, dict[str, plt.Axes]]:

@@ -23,7 +23,8 @@ METHODS: dict[str, dict] = {
     "MACE LoRA": {"lora": "True", "lora_rank": 16},
     **{f"{method} {placement}": {"peft": method, "peft_targets": placement} | GATE.get(method, {})
        for placement in PLACEMENTS for method in ("elora", "mmea")},
-    **{method: {"peft": method} | GATE.get(method, {}) for method in ("gates", "scales", "small")},
+    **{method: {"peft": method} | GATE.get(method, {}) for method in ("gates", "scales", "small", "best")},
+    "mmea": {"peft": "mmea"},  # by its defaults: gates with bounds
 }
 # around scales and updates of few parameters, one change at a time
 EVERYWHERE = {"peft": "elora+scales", "peft_targets": "all"}
@@ -58,11 +59,9 @@ MESSAGES: dict[str, dict] = {
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
 }
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
-# with gradients that are clipped as MACE does by default: rates that are tried, or the one that was best otherwise
+# with gradients that are clipped as MACE does by default
 CLIP = 10
-CLIPPED = {"full": (0.0025, 0.005, 0.01), "best": (0.01, 0.02, 0.04), "elora linears": (0.01,), "mmea": (0.005,),
-           "elora published": (0.005,), "MACE LoRA": (0.08,), "small": (0.02,), "scales": (0.02,)}
-METHODS.update({name: {"peft": name} for name in ("best", "mmea")})  # by their defaults: bounded gates
+CLIPPED = {"full": (0.0025, 0.005, 0.01), "best": (0.01, 0.02)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +179,9 @@ def chosen_ranks(results: dict[str, dict], rates: dict[str, float]) -> Iterator[
 
 
 def clipped(results: dict[str, dict], _) -> Iterator[Cell]:
-    """With gradients clipped at 10: rates on ethanol where there are several, and then every data set at the best."""
+    """With gradients clipped at 10: on the validation set, as in the sweep."""
     for method, rates in CLIPPED.items():
-        swept = [Cell("ethanol", method, lr, epochs=SWEPT, clip=CLIP) for lr in rates if len(rates) > 1]
-        yield from swept
-        if all(cell.key in results for cell in swept):
-            best = min(swept, key=lambda cell: validation_error(results[cell.key])).lr if swept else rates[0]
-            yield from (Cell(data, method, best, clip=CLIP) for data in DATA)
+        yield from (Cell("ethanol", method, lr, epochs=SWEPT, clip=CLIP) for lr in rates)
 
 
 def sizes(_, rates: dict[str, float]) -> Iterator[Cell]:
