@@ -10,6 +10,7 @@ from studies import CLIP, RESULTS
 
 TARGETS = {"ethanol": "ethanol", "malonaldehyde": "malonaldehyde", "acac": "acetylacetone", "tungsten": "W slabs"}
 KINDS = {"near": "near", "far": "far", "real": "SevenNet-0"}
+SHORT = {"--peft best": "best", "--peft best --peft_keep auto": "best, keep 0.01", "--lora": "MACE's --lora"}
 PAGES = {"kinds": "kinds.md", "real": "real.md"}  # which no other report writes
 SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "best at 5 %", "small", "elora", "scales")
 
@@ -24,6 +25,7 @@ def write_report(results: dict[str, dict]) -> None:
     every = [cell for name in ("kinds.json", "real.json") if (RESULTS / name).exists()
              for cell in json.loads((RESULTS / name).read_text()).values()]
     fill(DOCS / "results" / PAGES["kinds"], {"summary": summary(every)})
+    fill(DOCS.parent / "README.md", {"kinds": in_short(every)})
     draw(every)
 
 
@@ -69,21 +71,44 @@ def chosen(cells: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     return found
 
 
+def ratios(by_data: dict[str, list[dict]], full: dict[str, list[dict]]) -> dict[str, list[float]]:
+    """Of errors and movements to those of full fine-tuning, on each target that both have."""
+    pairs = [(found, full[data]) for data, found in by_data.items() if data in full]
+    found = {key: [mean(one, key) / mean(other, key) for one, other in pairs] for key in ("mae_f", "mae_e", "moved")}
+    # far from the foundation, labels abroad are of another level
+    return found | {"rise": [rise(one) / rise(other) for one, other in pairs if one[0]["kind"] != "far"]}
+
+
+def averages(values: dict[str, list[float]], *keys: str) -> list[str]:
+    return [f"{np.mean(values[key]):.2f}" if values[key] else "" for key in keys]
+
+
 def summary(cells: list[dict]) -> str:
     """Errors in terms of those of full fine-tuning on the same target, means over the targets that both have."""
     best, rows = chosen(cells), []
     for kind, name in [(kind, name) for kind in KINDS for name in SUM_UP if (kind, name) in best]:
-        pairs = [(found, best[kind, "full"][data], data) for data, found in best[kind, name].items()
-                 if data in best[kind, "full"]]
-        force, energy, moved = ([mean(found, key) / mean(full, key) for found, full, _ in pairs]
-                                for key in ("mae_f", "mae_e", "moved"))
-        risen = [rise(found) / rise(full) for found, full, _ in pairs if kind != "far"]  # of labels of another level
+        found = ratios(best[kind, name], best[kind, "full"])
         rows.append([KINDS[kind], name, f"{best[kind, name]['ethanol'][0]['lr']:g}",
-                     ", ".join(f"{TARGETS[data]} ({len(found)})" for found, _, data in pairs),
-                     f"{np.mean(force):.2f}", f"{min(force):.2f} to {max(force):.2f}",
-                     *(f"{np.mean(ratios):.2f}" if ratios else "" for ratios in (energy, moved, risen))])
+                     ", ".join(f"{TARGETS[data]} ({len(several)})" for data, several in best[kind, name].items()
+                               if data in best[kind, "full"]),
+                     *averages(found, "mae_f"), f"{min(found['mae_f']):.2f} to {max(found['mae_f']):.2f}",
+                     *averages(found, "mae_e", "moved", "rise")])
     return table(["target", "method", "lr", "of (seeds)", "F, full = 1", "of one target", "E, full = 1",
                   "F abroad moved, full = 1", "rise of the error abroad, full = 1"], rows)
+
+
+def in_short(cells: list[dict]) -> str:
+    """The same of ``--peft best`` and MACE's own LoRA, for README.md."""
+    best = chosen(cells)
+
+    def shown(kind: str, name: str) -> str:
+        if (kind, name) not in best:
+            return ""
+        force, energy, risen = averages(ratios(best[kind, name], best[kind, "full"]), "mae_f", "mae_e", "rise")
+        return f"{force} / {energy}" + (f", {risen}" if risen else "")
+
+    return table(["forces / energies, rise of the error abroad; full fine-tuning = 1", *KINDS.values()],
+                 [[f"`{command}`", *(shown(kind, name) for kind in KINDS)] for command, name in SHORT.items()])
 
 
 def draw(cells: list[dict]) -> None:

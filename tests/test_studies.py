@@ -58,7 +58,11 @@ def test_the_summary_compares_with_full_fine_tuning_target_by_target(benchmark):
         made("near", "acac", "full", 0.02, 1), made("near", "acac", "best", 0.04, 1, mae_f=0.016, abroad=0.06),
         made("near", "malonaldehyde", "best", 0.04, 1),  # which full fine-tuning has not
         made("far", "ethanol", "full", 0.01, 1), made("far", "ethanol", "best", 0.01, 1, mae_e=0.005, moved=0.05)]
-    rows = benchmark("kinds_report").summary(cells).splitlines()[2:]
+    report = benchmark("kinds_report")
+    assert report.in_short(cells).splitlines()[2:] == [
+        "| `--peft best` | 0.85 / 1.00, 0.38 | 1.00 / 0.50 |  |", "| `--peft best --peft_keep auto` |  |  |  |",
+        "| `--lora` |  |  |  |"]
+    rows = report.summary(cells).splitlines()[2:]
     assert rows == [
         "| near | full | 0.02 | ethanol (1), acetylacetone (1) | 1.00 | 1.00 to 1.00 | 1.00 | 1.00 | 1.00 |",
         # (18 / 20 + 16 / 20) / 2, and a rise of 5 and of 10 beside 20
@@ -88,6 +92,7 @@ def test_a_cell_runs_and_is_reported(benchmark, tmp_path, monkeypatch, row):
         torch.set_default_dtype(before)
     assert 0 < found["mae_f"] < 10 and found["moved"] > 0 and found["trained"] > 0
     docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(report, "DOCS", docs)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     (tmp_path / "kinds.json").write_text(json.dumps({row: found, "full": {**found, "row": "full"}}))
