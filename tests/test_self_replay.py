@@ -18,6 +18,7 @@ import mace_peft
 from mace_peft import PeftConfig, PeftError, inject, trainable_parameters
 from mace_peft.inspect.info import info
 from mace_peft.methods import METHODS
+from mace_peft.model.inject import fold
 from mace_peft.model.isolated import E0S
 from mace_peft.train.data import self_replay as kept_module
 from mace_peft.train.data.self_replay import kept_structures, made_of
@@ -195,6 +196,8 @@ def inputs(tmp_path_factory):
     without_cell[1].pbc, without_cell[1].cell = True, None
     ase.io.write(folder / "nocell.xyz", without_cell)
     (folder / "empty.xyz").write_text("")
+    trained = randomise(inject(torch.load(folder / "foundation.model", weights_only=False), PeftConfig("mmea", rank=2)))
+    torch.save(fold(trained), folder / "gates.model")
     return folder
 
 
@@ -265,6 +268,8 @@ MISTAKES = {
     "one structure": ({"peft_keep": "one.xyz"}, "one.xyz has one structure, .* give more"),
     "no cell": ({"peft_keep": "nocell.xyz"}, "structure 1 of nocell.xyz is periodic, and has no cell"),
     "no cell, looked at": ({"peft_keep": "nocell.xyz", "dry_run": True}, "structure 1 of nocell.xyz is periodic"),
+    "no foundation": ({"peft": "mmea", "foundation_model": "gates.model", "peft_keep": "kept.xyz"},
+                      "--peft_keep kept.xyz cannot go with foundation model gates.model, whose weights hold a part"),
     "element": ({"peft_keep": "nitrogen.xyz"}, "nitrogen.xyz has structures of N, .* this run knows H C O"),
     "nothing to make": ({"peft_keep": "auto"}, "no molecule and no crystal to keep can be made of H C O"),
     "weight": ({"peft_keep": "auto", "peft_keep_weight": 0}, "--peft_keep_weight 0 is not a number above 0"),
