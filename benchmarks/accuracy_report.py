@@ -25,7 +25,8 @@ def molecules(found: Results) -> str:
     header = ["trained", *(f"{name} {error}" for name in measured for error in ("E", "F"))]
     return table(["rMD17, MAE", *header], [
         [method, found.share(method), *(found.shown(found.main(method, data=name), "test", error)
-                                        for name in measured for error in ("mae_e", "mae_f"))] for method in COMPARED])
+                                        for name in measured for error in ("mae_e", "mae_f"))]
+        for method in COMPARED if found.main(method)])
 
 
 def aims(found: Results) -> str:
@@ -46,13 +47,13 @@ def acac(found: Results) -> str:
                   "600 K / 300 K, F"], [
         [method, *(found.shown(cells, test, error) for test in tests for error in ("rmse_e", "rmse_f")),
          f"{mean(found.values(cells, tests[1], 'rmse_f')) / mean(found.values(cells, tests[0], 'rmse_f')):.2f}"
-         if cells else ""] for method in COMPARED for cells in [found.main(method, data="acac")]])
+         if cells else ""] for method in COMPARED if found.main(method) for cells in [found.main(method, data="acac")]])
 
 
 def forgetting(found: Results) -> str:
     return table(["pretraining data, MAE F", *found.data()], [
         [method, *(found.shown(found.forgetting(method, name), "pretraining", "mae_f") for name in found.data())]
-        for method in COMPARED if method != "scratch"])
+        for method in COMPARED if method != "scratch" and found.main(method)])
 
 
 def rates(found: Results) -> str:
@@ -62,6 +63,8 @@ def rates(found: Results) -> str:
     rows = []
     for method in TRAINED:
         values = [swept.get((method, lr)) for lr in LADDER]
+        if not any(values):
+            continue
         rows.append([method, *("" if value is None else f"**{value:.1f}**" if found.rates.get(method) == lr
                                else f"{value:.1f}" for lr, value in zip(LADDER, values, strict=True))])
     return table(["lr", *(f"{lr:g}" for lr in LADDER)], rows)
