@@ -46,8 +46,8 @@ def acac(found: Results) -> str:
     return table(["AcAc, RMSE", *(f"{test[5:-1]} K {error}" for test in tests for error in ("E", "F")),
                   "600 K / 300 K, F"], [
         [method, *(found.shown(cells, test, error) for test in tests for error in ("rmse_e", "rmse_f")),
-         f"{mean(found.values(cells, tests[1], 'rmse_f')) / mean(found.values(cells, tests[0], 'rmse_f')):.2f}"
-         if cells else ""] for method in COMPARED if found.main(method) for cells in [found.main(method, data="acac")]])
+         f"{mean(found.values(cells, tests[1], 'rmse_f')) / mean(found.values(cells, tests[0], 'rmse_f')):.2f}"]
+        for method in COMPARED for cells in [found.main(method, data="acac")] if cells])
 
 
 def forgetting(found: Results) -> str:

@@ -107,7 +107,8 @@ def in_short(cells: list[dict]) -> str:
         force, energy, risen = averages(ratios(best[kind, name], best[kind, "full"]), "mae_f", "mae_e", "rise")
         return f"{force} / {energy}" + (f", {risen}" if risen else "")
 
-    return table(["forces / energies, rise of the error abroad; full fine-tuning = 1", *KINDS.values()],
+    return table(["forces / energies, rise of the error on other structures; full fine-tuning = 1",
+                  "data at the foundation's level of theory", "at another", "from SevenNet-0"],
                  [[f"`{command}`", *(shown(kind, name) for kind in KINDS)] for command, name in SHORT.items()])
 
 
