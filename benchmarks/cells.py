@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
+from studies import CLIP
+
 MOLECULES = ("ethanol", "malonaldehyde", "benzene", "aspirin")  # rMD17
 DATA = (*MOLECULES, "acac")
 PLACEMENTS = ("products", "linears", "published")
@@ -60,7 +62,6 @@ MESSAGES: dict[str, dict] = {
 }
 METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
 # with gradients that are clipped as MACE does by default
-CLIP = 10
 CLIPPED = {"full": (0.0025, 0.005, 0.01), "best": (0.01, 0.02)}
 
 
