@@ -4,6 +4,7 @@ writes them as Python and compiles that: most of what a small model costs.
 A graph that holds no tensors is the same wherever its code is: it is made once in a process, and shared.
 """
 
+import copy
 import functools
 import io
 import types
@@ -15,11 +16,13 @@ from e3nn.o3 import _linear
 from e3nn.o3._tensor_product import _tensor_product
 from e3nn.util.codegen import _mixin
 from mace.modules import symmetric_contraction
+from mace.tools import cg
 from opt_einsum_fx import jitable, optimize_einsums_full
 from torch import _jit_internal
 from torch.fx import GraphModule, graph_module
 from torch.utils.weak import WeakIdKeyDictionary
 
+TENSORS = ("_parameters", "_buffers", "_modules")  # where a graph holds them
 COMPILED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of graphs, the compiled code, or its file
 SAVED: weakref.WeakKeyDictionary[torch.jit.ScriptModule, bytes] = weakref.WeakKeyDictionary()
 LOADED: weakref.WeakValueDictionary[bytes, torch.jit.ScriptModule] = weakref.WeakValueDictionary()
@@ -28,7 +31,7 @@ IMPORTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of graphs, as files say 
 
 def remember_graphs() -> None:
     _jit_internal.get_type_hint_captures = functools.cache(_jit_internal.get_type_hint_captures)  # it reads sources
-    GraphModule.__deepcopy__ = of_bare(lambda module, memo: bare_copy(module), GraphModule.__deepcopy__)
+    GraphModule.__deepcopy__ = copied
     GraphModule.__reduce__ = of_bare(reduced, GraphModule.__reduce__)
     graph_module.reduce_graph_module = read_once(graph_module.reduce_graph_module)
     symmetric_contraction.opt_einsum_fx.optimize_einsums_full = once(optimize_einsums_full, shapes)
@@ -36,6 +39,10 @@ def remember_graphs() -> None:
     for module, name in ((_linear, "_codegen_linear"), (_tensor_product, "codegen_tensor_product_left_right"),
                          (_tensor_product, "codegen_tensor_product_right")):
         setattr(module, name, written_once(getattr(module, name)))
+    if cg.CUET_AVAILABLE:
+        from cuequivariance_torch.primitives import segmented_polynomial_naive as naive
+
+        naive._tensor_product_fx = copied_from_the_first(naive._tensor_product_fx)
     # e3nn writes the code of a module that is copied to bytes, reads them, and compiles what they say
     jit = types.SimpleNamespace(script=compiled, ScriptModule=torch.jit.ScriptModule, save=save, load=load)
     _mixin.torch, _mixin.jitable = types.SimpleNamespace(jit=jit), lambda graph: graph
@@ -88,8 +95,22 @@ def remember(code: torch.jit.ScriptModule, content: bytes) -> None:
         SAVED[code], LOADED[content] = content, code
 
 
+def copied_from_the_first(make: Callable) -> Callable:
+    """The graph that is made of equal arguments, which can be compared, with tensors of its own."""
+    known: dict[tuple, torch.nn.Module] = {}
+
+    @functools.wraps(make)
+    def wrapped(*args, **options):
+        key = (*args, *options.items())
+        if key not in known:
+            known[key] = make(*args, **options)
+        return copy.deepcopy(known[key])
+
+    return wrapped
+
+
 def is_bare(state: dict) -> bool:
-    return not any(state[held] for held in ("_parameters", "_buffers", "_modules"))
+    return not any(state[held] for held in TENSORS)
 
 
 def of_bare(cheap: Callable, method: Callable) -> Callable:
@@ -101,11 +122,13 @@ def of_bare(cheap: Callable, method: Callable) -> Callable:
     return wrapped
 
 
-def bare_copy(module: GraphModule) -> GraphModule:
-    copied = object.__new__(type(module))  # GraphModule's own makes a class
-    copied.__dict__.update({name: value.copy() if isinstance(value, dict) else value
-                            for name, value in module.__dict__.items()})
-    return copied
+def copied(module: GraphModule, memo: dict | None = None) -> GraphModule:
+    """With tensors of its own, and the same code."""
+    new = object.__new__(type(module))  # GraphModule's own makes a class
+    new.__dict__.update({name: value.copy() if isinstance(value, dict) else value
+                         for name, value in module.__dict__.items()})
+    new.__dict__.update({name: copy.deepcopy(module.__dict__[name], memo) for name in TENSORS})
+    return new
 
 
 OF_TORCH = GraphModule.__reduce__
@@ -128,7 +151,7 @@ def read_once(read: Callable) -> Callable:
             return read(state, imports)
         if key not in known:
             known[key] = read(dict(state), imports)
-        module = bare_copy(known[key])
+        module = copied(known[key])
         module.__dict__.update(state)
         return module
 
@@ -146,7 +169,7 @@ def once(make: Callable, key: Callable) -> Callable:
             return make(*args, **kwargs)
         if found not in known:
             known[found] = make(*args, **kwargs)
-        return bare_copy(known[found])
+        return copied(known[found])
 
     return wrapped
 

@@ -179,7 +179,8 @@ def test_the_base_keeps_its_state_dict(case):
     added = [key for key in state if ".adapter." in key]
     assert bool(added) == (case not in FULL)
     assert [key for key in state if key not in added] == list(original.state_dict())
-    frozen = {key: value for key, value in state.items() if key not in trainable_parameters(shared(case))}
+    trainable = trainable_parameters(shared(case))
+    frozen = {key: value for key, value in state.items() if key not in trainable}
     assert_same_state(frozen, {key: value for key, value in original.state_dict().items() if key in frozen})
 
 
