@@ -21,6 +21,7 @@ from mace_peft.train.options import read_settings
 
 steps_of_mace = importlib.import_module("mace.tools.train")  # MACE binds that name to a function, too
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = {"peft": "auto", "peft_rank": 2, "lr": None, "batch_size": 1, "max_num_epochs": 20}
 STEPS = 20 * 8  # of the run, with the 8 structures of the training set
 

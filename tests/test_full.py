@@ -10,6 +10,7 @@ from tiny import configurations, predict
 from mace_peft import PeftConfig, calculator, disable_adapter, load_adapter, merge, set_strength, trainable_parameters
 from mace_peft.inspect.info import info
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 EPOCHS = 2
 
 

@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
-from runs import NAME, SEED, Run, call, train, write_inputs
+from combined import write_small
+from runs import NAME, SEED, Run, call, train
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Run]:
     """The same fine-tune with and without the start-up hook."""
-    folders = [write_inputs(tmp_path_factory.mktemp("hook")), write_inputs(tmp_path_factory.mktemp("no_hook"))]
+    folders = [write_small(tmp_path_factory.mktemp(name)) for name in ("hook", "no_hook")]
     return [train(folder, "--swa", "--ema", start_swa=2, max_num_epochs=3, hook=hook)
             for folder, hook in zip(folders, [True, False], strict=True)]
 
