@@ -116,16 +116,17 @@ def fit_E0s(model: torch.nn.Module, structures: list[Atoms]) -> torch.nn.Module:
 
 
 def train(model: torch.nn.Module, structures: list[Atoms], lr: float, clip: float = 100,
-          further: Callable[[], Tensor] = lambda: 0) -> None:
-    """further: a loss that is added to that of each step."""
+          further: Callable[[], Tensor] = lambda: 0, epochs: int | None = None) -> None:
+    """further: a loss that is added to that of each step; epochs: ``EPOCHS`` without a number."""
+    epochs = epochs or EPOCHS
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     loss = modules.WeightedEnergyForcesLoss(energy_weight=1, forces_weight=1000)
     batches = loader(model, structures, shuffle=True)
     fast_messages(model)
     with fast_arithmetic():
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for batch in batches:
                 optimizer.zero_grad()
                 output = model(batch.to_dict(), training=True)

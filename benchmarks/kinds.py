@@ -33,7 +33,7 @@ from mace.modules.lora import inject_LoRAs
 from studies import CLIP, labelled_forces, mae, read_arguments, rounded, run_cells
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
-from mace_peft.train.data.self_replay import made_of
+from mace_peft.train.data.made_structures import made_of
 from mace_peft.train.self_replay import SelfReplay
 
 TRAINED, TESTED = 50, 200
@@ -73,6 +73,8 @@ ROWS = {
     "mmea": Row(PeftConfig("mmea"), 0.005, 0.005),
     "mmea, products whole": Row(PeftConfig("mmea", targets=PRODUCTS_WHOLE), 0.005, 0.005),
 }
+LONG = {"full": {"near": (0.0025,), "far": (0.0025, 0.005)}, "best": {"near": (0.02,), "far": (0.02,)}}
+EPOCHS = 60, 200  # of these
 DECIDE = ("full", "MACE's --lora", "best", "best, keep 0.01")  # with a second and a third seed
 
 
@@ -82,8 +84,11 @@ def cells() -> list[dict]:
         CLIPS, ROWS.items(), ("near", "far")) for lr in dict.fromkeys((row.near, row.far, *row.others))]
     chosen = [(kind, data, name, getattr(row, kind), CLIPS[0], seed) for seed, data, (name, row), kind in
               itertools.product((1, 2, 3), gates.SETS, ROWS.items(), ("near", "far")) if seed == 1 or name in DECIDE]
-    return [dict(zip(("kind", "data", "row", "lr", "clip", "seed"), cell, strict=True))
-            for cell in dict.fromkeys((*rates, *chosen))]
+    short = [dict(zip(("kind", "data", "row", "lr", "clip", "seed"), cell, strict=True))
+             for cell in dict.fromkeys((*rates, *chosen))]
+    return short + [{"kind": kind, "data": data, "row": row, "lr": lr, "clip": CLIP, "seed": seed, "epochs": epochs}
+                    for seed, epochs, data, (row, rates) in itertools.product((1, 2), EPOCHS, gates.SETS, LONG.items())
+                    for kind, lrs in rates.items() for lr in lrs]
 
 
 def label(structures: list[Atoms]) -> list[Atoms]:
@@ -137,7 +142,8 @@ def run(cell: dict, args) -> dict:
     torch.manual_seed(cell["seed"])
     adapt(model, ROWS[cell["row"]].config, training)
     began = time.process_time()
-    gates.train(model, training, cell["lr"], cell["clip"], kept(model, ROWS[cell["row"]].keep, cell["seed"]))
+    gates.train(model, training, cell["lr"], cell["clip"], kept(model, ROWS[cell["row"]].keep, cell["seed"]),
+                cell.get("epochs"))
     seconds = time.process_time() - began
     gates.fit_E0s(model, training)
     home, away, unmoved = (predict(*of, "cpu") for of in ((model, testing), (model, abroad), (base, abroad)))

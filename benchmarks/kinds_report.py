@@ -17,13 +17,16 @@ SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "best at 5 %", "sm
 
 def write_report(results: dict[str, dict]) -> None:
     """The page of these cells, and what sums up all that there are."""
-    cells = list(results.values())
+    cells = [cell for cell in results.values() if "epochs" not in cell]
     parts = {kind: errors([cell for cell in cells if cell["kind"] == kind]) for kind in dict.fromkeys(
         cell["kind"] for cell in cells)}
     page = PAGES["real" if "real" in parts else "kinds"]
-    fill(DOCS / "results" / page, {**parts, "versions": versions([cell["environment"] for cell in cells])})
+    longer = [cell for cell in results.values() if "epochs" in cell]
+    if longer:
+        parts["long"] = long_runs(longer)
+    fill(DOCS / "results" / page, {**parts, "versions": versions([cell["environment"] for cell in results.values()])})
     every = [cell for name in ("kinds.json", "real.json") if (RESULTS / name).exists()
-             for cell in json.loads((RESULTS / name).read_text()).values()]
+             for cell in json.loads((RESULTS / name).read_text()).values() if "epochs" not in cell]
     fill(DOCS / "results" / PAGES["kinds"], {"summary": summary(every)})
     fill(DOCS.parent / "README.md", {"kinds": in_short(every)})
     draw(every)
@@ -57,6 +60,17 @@ def errors(cells: list[dict]) -> str:
          *(f"{mean(found, key):.3g}" for key in ("mae_e", "mae_f", "moved")),
          *([f"{mean(found, 'abroad'):.3g} ({mean(found, 'abroad_base'):.3g})"] if own_level else [])]
         for (data, clip, name, lr), found in rows])
+
+
+def long_runs(cells: list[dict]) -> str:
+    """A row for each target, number of epochs, method and rate: means over seeds, in meV and meV/A."""
+    groups = grouped(cells, "kind", "data", "epochs", "row", "lr")
+    rows = sorted(groups.items(), key=lambda item: (list(KINDS).index(item[0][0]), list(TARGETS).index(item[0][1]),
+                                                    *item[0][2:]))
+    return table(["target", "of", "epochs", "method", "lr", "seeds", "E", "F", "F abroad moved by"], [
+        [KINDS[kind], TARGETS[data], str(epochs), name, f"{lr:g}", str(len(found)),
+         *(f"{mean(found, key):.3g}" for key in ("mae_e", "mae_f", "moved"))]
+        for (kind, data, epochs, name, lr), found in rows])
 
 
 def chosen(cells: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:

@@ -20,8 +20,9 @@ from mace_peft.inspect.info import info
 from mace_peft.methods import METHODS
 from mace_peft.model.inject import fold
 from mace_peft.model.isolated import E0S
-from mace_peft.train.data import self_replay as kept_module
-from mace_peft.train.data.self_replay import kept_structures, made_of
+from mace_peft.train.data import made_structures
+from mace_peft.train.data.made_structures import made_of
+from mace_peft.train.data.self_replay import kept_structures
 from mace_peft.train.self_replay import SelfReplay
 
 PEFT = {"peft": "elora", "peft_rank": 2, "max_num_epochs": 8}
@@ -146,31 +147,7 @@ def test_predictions_that_are_not_finite_stop(double_precision):
         replay(model, [*others()[:2], together])
 
 
-# --- structures -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("elements", [{1, 6, 8}, {29}, {8, 26}, {14}, set(range(1, 84))], ids=str)
-def test_what_is_made_has_these_elements_and_is_the_same_each_time(elements):
-    structures, again = made_of(elements), made_of(elements)
-    assert len(structures) == 200
-    assert {int(z) for atoms in structures for z in atoms.numbers} <= elements
-    for atoms, other in zip(structures, again, strict=True):
-        assert atoms == other
-        assert len(atoms) >= (8 if atoms.pbc.any() else 2)
-        distances = atoms.get_all_distances(mic=True) + 9 * np.eye(len(atoms))
-        assert distances.min() > 0.4
-    assert len({atoms.positions.tobytes() for atoms in structures}) == 200
-    assert any(atoms.pbc.all() for atoms in structures)
-
-
-def test_molecules_and_crystals_are_both_made():
-    assert {bool(atoms.pbc.all()) for atoms in made_of({1, 6, 8})} == {True, False}
-    assert {len(set(atoms.numbers)) for atoms in made_of({11, 17}) if atoms.pbc.all()} == {1, 2}
-
-
-def test_what_ASE_has_nothing_of_stops():
-    with pytest.raises(PeftError, match="no molecule and no crystal to keep can be made of He: give a file"):
-        made_of({2})
+# --- structures of a file ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.since("0.3.14")  # which has charges
@@ -283,8 +260,8 @@ MISTAKES = {
 @pytest.mark.parametrize("options, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_before_the_training(inputs, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.chdir(inputs)
-    monkeypatch.setattr(kept_module, "molecules", lambda known: [])
-    monkeypatch.setattr(kept_module, "crystals", lambda known: [])
+    monkeypatch.setattr(made_structures, "molecules", lambda known: [])
+    monkeypatch.setattr(made_structures, "crystals", lambda known: [])
     monkeypatch.setattr(run_train.tools, "train", lambda **given: pytest.fail("it trains"))
     given = {**PEFT, **options}
     flags = [f"--{name}" for name in ("lbfgs", "dry_run") if given.pop(name, False)]
