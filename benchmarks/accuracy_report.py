@@ -121,6 +121,12 @@ def clipping(found: Results) -> str:
         [method, *(swept.get((method, lr), "") for lr in rates)] for method in dict.fromkeys(c.method for c in cells)])
 
 
+def falling(found: Results) -> str:
+    return table(["ethanol, MAE", "lr", "E", "F"], [
+        [cell.method, f"{cell.lr:g}", *(found.shown([cell], "test", error) for error in ("mae_e", "mae_f"))]
+        for cell in found.cells("falling")])
+
+
 def chosen(found: Results) -> str:
     """ELoRA with one rank everywhere, and with chosen ranks for as many parameters, over the seeds that both have."""
     rows, ratios = [], {}
@@ -179,7 +185,7 @@ def write_report(results: dict[str, dict]) -> None:
         "claims": claims(found), "forgetting": forgetting(found), "rates": rates(found), "ablations": ablated(found),
         "ranks": by(found, "ranks", "rank", "test", "ethanol, MAE", "rank"),
         "small": small_budget(found), "chosen": chosen(found),
-        "messages": messages(found), "clipping": clipping(found),
+        "messages": messages(found), "clipping": clipping(found), "falling": falling(found),
         "sizes": by(found, "sizes", "train", "test_600K", "AcAc at 600 K, MAE", "configurations"),
         "E0s": by(found, "E0s", "E0s", "test", "ethanol, MAE", "E0s")}
     pages = [DOCS / "results.md", *(page for page in sorted((DOCS / "results").glob("*.md"))

@@ -60,7 +60,11 @@ MESSAGES: dict[str, dict] = {
         "peft": "gates", "peft_gate": "exp",
         "peft_targets": "node_embedding.*,interactions.*.linear*,interactions.*.skip_tp,products.*.linear,readouts.*"},
 }
-METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES)
+# with a rate that falls from epoch to epoch, in the place of one that falls where the validation error stays
+FALLING = {"scheduler": "ExponentialLR", "lr_scheduler_gamma": 0.985, "clip_grad": CLIP}
+FELL: dict[str, dict] = {"full, lr falls": {**FALLING, "swa_lr": 0.000125},
+                         "best, lr falls": {**METHODS["best"], **FALLING, "swa_lr": 0.0005}}
+METHODS.update({name: METHODS["mmea products"] for name in ABLATED} | SMALL | MESSAGES | FELL)
 # with gradients that are clipped as MACE does by default
 CLIPPED = {"full": (0.0025, 0.005, 0.01), "best": (0.01, 0.02)}
 
@@ -101,7 +105,7 @@ class Cell:
 
     @property
     def ablation(self) -> str | None:
-        return self.method.partition(", ")[2] or None
+        return None if self.method in FELL else self.method.partition(", ")[2] or None
 
     @property
     def model(self) -> str:
@@ -185,6 +189,13 @@ def clipped(results: dict[str, dict], _) -> Iterator[Cell]:
         yield from (Cell("ethanol", method, lr, epochs=SWEPT, clip=CLIP) for lr in rates)
 
 
+def falling(results: dict[str, dict], _) -> Iterator[Cell]:
+    """Both schedules of the rate, in the length of the main experiment."""
+    for method, lr in (("full", 0.005), ("full, lr falls", 0.0025), ("best", 0.02), ("best", 0.01),
+                       ("best, lr falls", 0.02)):
+        yield Cell("ethanol", method, lr)
+
+
 def sizes(_, rates: dict[str, float]) -> Iterator[Cell]:
     """From fewer configurations and from more, in as many steps as the others."""
     methods = ("foundation", "full", "elora products", "mmea products")
@@ -214,5 +225,6 @@ EXPERIMENTS: dict[str, Callable[[dict, dict], Iterator[Cell]]] = {
     "messages": messages,
     "chosen": chosen_ranks,
     "clipping": clipped,
+    "falling": falling,
     "E0s": grid(E0s=("average", "estimated"), data=("ethanol",), method=("full", "elora published", "mmea published")),
 }

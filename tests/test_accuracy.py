@@ -37,7 +37,7 @@ def docs(benchmark, monkeypatch, tmp_path):
     folder = tmp_path / "docs"
     (folder / "figures").mkdir(parents=True)
     parts = ("versions", "molecules", "acac", "claims", "forgetting", "rates", "sizes", "ranks", "small", "chosen",
-             "messages", "ablations", "E0s", "aims", "clipping")
+             "messages", "ablations", "E0s", "aims", "clipping", "falling")
     figures = [f"![](figures/accuracy_{name}.png)" for name in ("summary", "curves", "forgetting", "sizes")]
 
     def marks(*parts: str) -> str:
@@ -176,13 +176,21 @@ def test_the_sweep_goes_on_until_the_best_is_between_others(benchmark):
 
 def test_cells_wait_for_their_learning_rate(benchmark):
     cells = benchmark("cells")
-    waiting = cells.EXPERIMENTS.keys() - {"sweep", "small", "messages", "clipping"}
+    waiting = cells.EXPERIMENTS.keys() - {"sweep", "small", "messages", "clipping", "falling"}
     assert all(not list(cells.EXPERIMENTS[name]({}, {})) for name in waiting)
     main = list(cells.EXPERIMENTS["main"]({}, {"full": 0.001}))
     assert {(cell.method, cell.lr) for cell in main} == {("full", 0.001)} and len(main) == 15
     every = [cell.key for name in cells.EXPERIMENTS
              for cell in cells.EXPERIMENTS[name]({}, dict.fromkeys(cells.METHODS, 0.01))]
     assert len(set(every)) < len(every)  # experiments share cells
+
+
+def test_ablations_are_what_the_program_that_trains_has_to_know(benchmark):
+    cells = benchmark("cells")
+    found = {method: cells.Cell("ethanol", method, 0.01).ablation for method in cells.METHODS}
+    assert {method: name for method, name in found.items() if name} == {
+        "mmea products, static": "static", "mmea products, shared": "shared", "mmea products, scalars": "scalars",
+        "gates, senders": "senders"}
 
 
 def test_any_number_of_configurations_takes_as_many_steps(benchmark):
