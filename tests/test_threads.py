@@ -18,7 +18,7 @@ PREDICTIONS = {"mmea": 200, "elora+scales": 200}  # of each thread; of other met
 STRUCTURES = configurations(1, "H2O")
 
 
-EACH_METHOD = pytest.mark.parametrize("method", [method for method in METHODS if method != "small"])
+EACH_METHOD = pytest.mark.parametrize("method", [method for method in METHODS if method not in ("small", "best")])
 SMALL = {"interactions": 1, "channels": 2, "correlation": 2}  # many predictions in little time
 
 
