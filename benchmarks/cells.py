@@ -191,8 +191,8 @@ def clipped(results: dict[str, dict], _) -> Iterator[Cell]:
 
 def falling(results: dict[str, dict], _) -> Iterator[Cell]:
     """Both schedules of the rate, in the length of the main experiment."""
-    for method, lr in (("full", 0.005), ("full, lr falls", 0.0025), ("best", 0.02), ("best", 0.01),
-                       ("best, lr falls", 0.02)):
+    for method, lr in (("full", 0.005), ("full, lr falls", 0.0025), ("full, lr falls", 0.005),
+                       ("best", 0.02), ("best", 0.01), ("best, lr falls", 0.02)):
         yield Cell("ethanol", method, lr)
 
 

@@ -1,12 +1,12 @@
 """Whether intruder dimensions (arXiv 2410.21228) carry what an adapter forgets: errors where they are scaled down.
 
     python benchmarks/intruders.py --foundation foundation.model --adapter run_adapter --home test.xyz \\
-        --away pretrain_valid.xyz --out results/intruders.json
+        --away pretrain_valid.xyz
 
 An intruder is a leading singular direction of an adapted weight that is like none of the foundation's. Weights are the
 matrices that take low-rank updates: one for each irrep or path. Errors are those at home and away, for each threshold
 and factor, beside those at strengths of the same adapter, which cost as little. The script runs what has no result yet,
-and adds each to the file.
+adds each to results/intruders.json, and writes the table of docs/results/kinds.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import mace  # noqa: F401  before e3nn
 import torch
 from environment import environment
 from errors import errors, known
+from pages import DOCS, fill, table
+from studies import RESULTS
 from torch import Tensor
 
 from mace_peft import load_adapter
@@ -76,10 +78,25 @@ def soften(adapted: torch.nn.Module, threshold: float, factor: float) -> tuple[t
     return model, counts
 
 
+def report(cells: dict[str, dict]) -> str:
+    """Force MAE (meV/A) of each adapter as it is, weaker, and with its intruders at half of their singular values."""
+    shown = {"strength 1": "as trained", "strength 0.75": "at a strength of 0.75",
+             **{f"threshold {threshold:g}, factor 0.5": f"intruders below a cosine of {threshold:g} halved"
+                for threshold in THRESHOLDS}}
+    rows = []
+    for key, cell in cells.items():
+        adapter, _, change = key.partition(": ")
+        if change in shown:
+            rows.append([adapter.replace("_", " "), shown[change], str(sum(cell["intruders"].values())),
+                         *(f"{1000 * cell[where]['mae_f']:.1f}" for where in ("home", "away"))])
+    return table(["adapter", "", "intruders", "F", "F abroad"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("foundation", "adapter", "home", "away", "out"):
+    for name in ("foundation", "adapter", "home", "away"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "intruders.json")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     result = json.loads(args.out.read_text()) if args.out.exists() else {"environment": environment(), "cells": {}}
@@ -106,6 +123,7 @@ def main() -> None:
     for threshold in THRESHOLDS:
         for factor in FACTORS:
             measure(f"threshold {threshold:g}, factor {factor:g}", lambda t=threshold, f=factor: soften(adapted, t, f))
+    fill(DOCS / "results" / "kinds.md", {"intruders": report(result["cells"])})
 
 
 if __name__ == "__main__":

@@ -93,5 +93,11 @@ def test_intruders_are_the_directions_that_the_foundation_lacks(monkeypatch):
     assert_close(predict(model, configurations(1)), expected)
     model, _ = intruders.soften(adapted, 0.9, 0.5)
     assert (predict(model, configurations(1))[1] - expected[1]).norm() > 1e-3 * expected[1].norm()
-    for name in ("intruders", "errors", "environment"):
+
+    errors = {"home": {"mae_f": 0.0231}, "away": {"mae_f": 0.0987}, "intruders": {"a": 2, "b": 1}}
+    lines = intruders.report({"near_acac: strength 1": errors, "near_acac: threshold 0.5, factor 0.5": errors,
+                              "near_acac: threshold 0.5, factor 0": errors}).splitlines()[2:]
+    assert lines == ["| near acac | as trained | 3 | 23.1 | 98.7 |",
+                     "| near acac | intruders below a cosine of 0.5 halved | 3 | 23.1 | 98.7 |"]
+    for name in ("intruders", "errors", "environment", "pages", "studies"):
         sys.modules.pop(name, None)
