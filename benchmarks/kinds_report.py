@@ -12,7 +12,8 @@ TARGETS = {"ethanol": "ethanol", "malonaldehyde": "malonaldehyde", "acac": "acet
 KINDS = {"near": "near", "far": "far", "real": "SevenNet-0"}
 SHORT = {"--peft best": "best", "--peft best --peft_keep auto": "best, keep 0.01", "--lora": "MACE's --lora"}
 PAGES = {"kinds": "kinds.md", "real": "real.md"}  # which no other report writes
-SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "best, keep 0.03", "best at 5 %", "small", "elora", "scales")
+SUM_UP = ("full", "MACE's --lora", "best", "best, keep 0.01", "best, keep 0.03", "best at 5 %", "small", "elora",
+          "scales")
 
 
 def write_report(results: dict[str, dict]) -> None:
