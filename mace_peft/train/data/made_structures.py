@@ -15,7 +15,7 @@ from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 
 COUNT, SEED = 200, 0  # of the structures that are made
-MOST_OF_A_KIND = 100  # of small molecules, joined ones, and crystals, none counts for more when one is drawn
+MOST_OF_A_KIND = 100  # small molecules, joined ones or crystals: more of a kind do not make it more frequent
 DISPLACED = 0.02, 0.1  # A, root mean square over the atoms: least and most; stiff bonds take no more
 STRAIN = 0.02  # standard deviation of each component
 BONDED, APART = 1.25, 1.3  # distances in sums of covalent radii: at most, and at least
