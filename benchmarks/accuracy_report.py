@@ -122,6 +122,7 @@ def clipping(found: Results) -> str:
 
 
 def falling(found: Results) -> str:
+    """Energy and force MAE on ethanol's test set with both schedules of the rate."""
     return table(["ethanol, MAE", "lr", "E", "F"], [
         [cell.method, f"{cell.lr:g}", *(found.shown([cell], "test", error) for error in ("mae_e", "mae_f"))]
         for cell in found.cells("falling")])

@@ -73,8 +73,8 @@ ROWS = {
     "mmea": Row(PeftConfig("mmea"), 0.005, 0.005),
     "mmea, products whole": Row(PeftConfig("mmea", targets=PRODUCTS_WHOLE), 0.005, 0.005),
 }
-LONG = {"full": {"near": (0.0025,), "far": (0.0025, 0.005)}, "best": {"near": (0.02,), "far": (0.02,)}}
-EPOCHS = 60, 200  # of these
+LONG = {"full": {"near": (0.0025,), "far": (0.0025, 0.005)}, "best": {"near": (0.02,), "far": (0.01, 0.02)}}
+EPOCHS = 60, 200  # of longer runs
 DECIDE = ("full", "MACE's --lora", "best", "best, keep 0.01")  # with a second and a third seed
 
 

@@ -62,7 +62,7 @@ def test_parts_are_joined_by_single_bonds_and_keep_their_own(names):
     assert len(seen) > 10
 
 
-def test_two_halves_of_ethane_are_ethane():
+def test_two_molecules_of_methane_are_joined_to_ethane():
     whole = joined([of_ase("CH4"), of_ase("CH4")], np.random.default_rng(0))
     carbons = np.flatnonzero(whole.numbers == 6)
     assert whole.get_distance(*carbons) == pytest.approx(2 * covalent_radii[6])
@@ -75,7 +75,7 @@ def test_a_molecule_of_hydrogen_cannot_be_joined():
     assert bonds_to_hydrogen(of_ase("H2")) == [] and joined([of_ase("H2"), of_ase("CH4")], np.random) is None
 
 
-def test_most_molecules_that_are_made_are_no_molecules_of_the_set():
+def test_about_half_of_the_molecules_are_none_of_the_set():
     known = {tuple(sorted(molecule.numbers)) for molecule in molecules({"H", "C", "N", "O"})}
     made = [atoms for atoms in made_of({1, 6, 7, 8}) if not atoms.pbc.any()]
     new = [atoms for atoms in made if tuple(sorted(atoms.numbers)) not in known]

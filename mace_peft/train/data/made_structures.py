@@ -71,8 +71,8 @@ def bonds_to_hydrogen(molecule: Atoms) -> list[tuple[int, int]]:
 
 
 def joined(parts: Sequence[Atoms], random: np.random.Generator) -> Atoms | None:
-    """One molecule of these: a single bond takes the place of a hydrogen atom of each of two, chosen and turned at
-    random. None where atoms of two parts come too near, or no hydrogen atom is left."""
+    """One molecule, made by joining these one after the other: a single bond takes the place of one hydrogen atom on
+    each side. Atoms and angle are chosen at random. None where two parts come too near, or no hydrogen is left."""
     whole, *others = parts
     for part in others:
         if not (bonds_to_hydrogen(whole) and bonds_to_hydrogen(part)):
