@@ -63,7 +63,7 @@ def soften(adapted: torch.nn.Module, threshold: float, factor: float) -> tuple[t
         low_rank = getattr(block.adapter, "low_rank", block.adapter)  # inside of scales
         if not isinstance(block, Updated) or not isinstance(low_rank, LowRank):
             continue
-        before = matrices(low_rank.parts, weights_of(block, block.adapter.names))
+        before = matrices(low_rank.parts, block.own_weights())
         after = matrices(low_rank.parts, block.adapted_weights())
         places = {key: intruders(before[key], matrix, low_rank.rank, threshold) for key, matrix in after.items()}
         counts |= {f"{name} {key}": len(found) for key, found in places.items()}

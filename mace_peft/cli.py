@@ -7,7 +7,7 @@ import sys
 
 from mace_peft import __version__
 from mace_peft.errors import PeftError, needs_mace, one_line, printable
-from mace_peft.train.quiet import without_harmless_warnings
+from mace_peft.quiet import without_harmless_warnings
 
 FORMATS = ("model", "torchscript", "lammps", "lammps-mliap")
 

@@ -24,8 +24,8 @@ class PeftConfig:
     """Settings of a fine-tune. Field names are the options of ``mace_run_train`` without ``--peft_``.
 
     method: a row of the table of methods: ``mmea`` (arXiv 2511.06696), ``elora`` (ICML 2025, openreview hcoxm3Vwgy),
-        ``gates``, ``scales``, ``elora+scales``, ``small``; or ``full``, all parameters without adapters. It says which
-        of the settings below act, and what they are unless given; the others are None.
+        ``gates``, ``scales``, ``elora+scales``, ``small``, ``best``; or ``full``, all parameters without adapters. It
+        says which of the settings below act, and what they are unless given; the others are None.
     rank: the width of a gate's hidden layer, or of the low-rank factors; or ``auto``: each module has its own, chosen
         from the training set (``choose_ranks``) within the budget.
     alpha: low-rank updates are scaled by alpha / rank; None means alpha = rank, as published.
@@ -104,7 +104,7 @@ class PeftConfig:
             self.settle("rank_pattern", check_ranks(self.rank_pattern))
 
     def settle(self, name: str, value: object) -> None:
-        """Plain values, whatever types came in: they go to JSON."""
+        """Set a field, though the class is frozen, to a plain value: the settings go to JSON."""
         object.__setattr__(self, name, value)
 
     @property

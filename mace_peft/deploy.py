@@ -25,7 +25,7 @@ from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
 from mace_peft.inspect.gain_ranges import Guard
-from mace_peft.model.adapted import SWITCHED_OFF, is_adapted
+from mace_peft.model.adapted import is_adapted, is_switched_off
 from mace_peft.model.inject import fold, settle_isolated_atoms
 from mace_peft.model.strength import check_strength
 
@@ -46,9 +46,8 @@ class AdaptedCalculator(MACECalculator):
 
     def adapters_now(self) -> list[object]:
         """What tells, by identity, whether the models predict as before: what each adapter brought, and if it is on."""
-        off = SWITCHED_OFF.get()
         return [mark for model in self.models
-                for mark in (getattr(model, "peft_originals", None), type(model), any(one is model for one in off))]
+                for mark in (getattr(model, "peft_originals", None), type(model), is_switched_off(model))]
 
     def check_state(self, atoms, tol=1e-15):
         """ASE's: what has changed since the results. They are given up where the adapters have."""
@@ -57,6 +56,7 @@ class AdaptedCalculator(MACECalculator):
         return super().check_state(atoms, tol=tol)
 
     def get_property(self, name, atoms=None, allow_calculation=True):
+        # without atoms, ASE's would not look at the state, and give results of adapters that are no longer there
         return super().get_property(name, self.atoms if atoms is None else atoms, allow_calculation)
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):

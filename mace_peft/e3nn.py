@@ -20,12 +20,4 @@ finally:
 
 RadialLayer = type(nn.FullyConnectedNet([1, 1])[0])  # e3nn does not export the class
 
-
-def codegen_tensor_product(*recipe):
-    """Imported on use: it is none of e3nn's public names, and a run without ``--peft`` has to do with every release."""
-    from e3nn.o3._tensor_product._codegen import codegen_tensor_product_left_right
-
-    return codegen_tensor_product_left_right(*recipe)
-
-
-__all__ = ["RadialLayer", "__version__", "codegen_tensor_product", "compile", "compile_mode", "nn", "o3"]
+__all__ = ["RadialLayer", "__version__", "compile", "compile_mode", "nn", "o3"]

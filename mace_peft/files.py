@@ -155,8 +155,8 @@ def write_complete(path: str | os.PathLike, content: bytes | memoryview, name: s
         pass
 
 
-def complete(save: Callable) -> Callable:
-    """``torch.save`` or ``torch.jit.save``, but the file is complete or not there, see ``write_complete``."""
+def complete(save: Callable, **remedy: str) -> Callable:
+    """``torch.save``, ``Figure.savefig`` and the like, but the file is complete or not there: ``write_complete``."""
 
     @functools.wraps(save)
     def save_complete(obj, f, *args, **kwargs):
@@ -164,6 +164,6 @@ def complete(save: Callable) -> Callable:
             return save(obj, f, *args, **kwargs)
         content = io.BytesIO()
         save(obj, content, *args, **kwargs)
-        write_complete(f, content.getbuffer())
+        write_complete(f, content.getbuffer(), **remedy)
 
     return save_complete

@@ -5,6 +5,7 @@ MACE gives labels of 0 and full weight to structures that lack one, where the ke
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import ase
@@ -202,9 +203,9 @@ def shapes(name: str, atoms: int) -> list[tuple[int, ...]]:
             "charges": [(atoms,)], "polarizability": [(3, 3), (9,), (1, 3, 3)]}[name]
 
 
-def count(configurations: Iterable[Configuration], weighed: bool = True) -> dict[str, int]:
-    """How many of them have each label; of those that it is given a weight of 0, only where weighed is False."""
-    counts = dict.fromkeys(LABELS, 0)
+def count(configurations: Iterable[Configuration], weighed: bool = True) -> Counter[str]:
+    """How many of the configurations have each label, those that none has too. weighed: not counting weights of 0."""
+    counts = Counter(dict.fromkeys(LABELS, 0))
     for configuration in configurations:
         for name in LABELS:
             counts[name] += has(configuration, name) and (not weighed or is_weighed(configuration, name))

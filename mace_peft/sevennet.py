@@ -4,7 +4,6 @@ In ASE it is ``SevenNetCalculator(model, file_type="model_instance")``, with ada
 """
 
 import copy
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 
 from mace_peft.backbones.sevennet import load_foundation
 from mace_peft.errors import PeftError
-from mace_peft.files import REMEDY, write_complete
+from mace_peft.files import REMEDY, complete, write_complete
 from mace_peft.model.adapted import is_adapted
 from mace_peft.model.inject import fold
 from mace_peft.patching import replaced
@@ -68,10 +67,9 @@ def save_checkpoint(model: nn.Module, foundation: str | os.PathLike, path: str |
         odd = min(key for key, _ in found.items() ^ expected.items())
         raise PeftError(f"{odd} of the model is not as in {name}, of another shape or in one of them alone: give the "
                         "foundation that the model was made from")
-    content = io.BytesIO()
-    torch.save({**checkpoint.get_checkpoint_dict(), **entries, "epoch": 0, "optimizer_state_dict": {},
-                "scheduler_state_dict": {}}, content)
-    write_complete(path, content.getbuffer(), remedy=REMEDY)
+    content = {**checkpoint.get_checkpoint_dict(), **entries, "epoch": 0, "optimizer_state_dict": {},
+               "scheduler_state_dict": {}}
+    complete(torch.save, remedy=REMEDY)(content, path)
 
 
 def save_torchscript(model: nn.Module, foundation: str | os.PathLike, path: str | os.PathLike,

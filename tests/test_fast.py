@@ -124,7 +124,7 @@ def test_a_contraction_of_every_order_is_the_same(correlation, irrep_out, monkey
     expected = results()
     with replaced(Contraction, "forward", by_element):
         if correlation < 4:
-            monkeypatch.setattr(contractions, "OF_MACE", forbidden)
+            monkeypatch.setattr(contractions, "CONTRACTION_OF_MACE", forbidden)
         assert_close(results(), expected)
         monkeypatch.undo()
         assert_close([contraction(x[:5], y[:5])], [expected[0][:5]])  # of few atoms it is MACE's, too

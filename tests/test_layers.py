@@ -13,7 +13,7 @@ import mace_peft
 PACKAGE = Path(mace_peft.__file__).parent
 # from the ground up; what shares a line imports nothing of that line
 LAYERS = [
-    ("errors", "e3nn", "elements", "patching", "restore", "startup"),
+    ("errors", "e3nn", "elements", "patching", "quiet", "restore", "startup"),
     ("files", "methods"),
     ("config", "labels"),
     ("blocks",),

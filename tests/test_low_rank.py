@@ -16,7 +16,7 @@ from mace.modules.symmetric_contraction import Contraction, SymmetricContraction
 from tiny import irreps_lists, randomise
 
 from mace_peft import PeftConfig
-from mace_peft.blocks.adapted import Updated, take_out, weights_of
+from mace_peft.blocks.adapted import Updated, take_out
 from mace_peft.blocks.e3nn import linear_parts
 from mace_peft.methods import LowRank, Part, matrices
 
@@ -400,7 +400,7 @@ def test_folding_changes_no_output(name):
 def test_its_updates_are_what_it_adds_to_the_matrices(name):
     block, _ = block_and_inputs(name)
     adapt(block)
-    own = weights_of(block, block.adapter.names)
+    own = block.own_weights()
     changed = matrices(block.adapter.parts, block.adapted_weights())
     updates = block.adapter.low_rank_updates(own)
     assert list(updates) == list(changed) == list(block.adapter.A)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from mace_peft.train.quiet import HARMLESS, without_harmless_warnings
+from mace_peft.quiet import HARMLESS, without_harmless_warnings
 
 
 @pytest.mark.parametrize("text, shown", [*((f"{text}, and so on", False) for text in HARMLESS),

@@ -27,7 +27,7 @@ def bound():
 def test_each_name_is_there_from_its_release_on(seam):
     assert hasattr(seam.find_owner(run_train), seam.name) == since(seam.since)
     owner, _, name = seam.stand_in.rpartition(".")
-    classes = {"losses": FiniteLosses, "reading": Reading, "results": Results, "": FineTune}
+    classes = {"finite": FiniteLosses, "reading": Reading, "results": Results, "": FineTune}
     attributes = {"backward", "save_file", "jit"}  # made for each run
     assert hasattr(classes[owner] if owner in classes else getattr(FineTune, owner), name) or name in attributes
 

@@ -21,8 +21,8 @@ from mace_peft.methods import METHODS
 from mace_peft.model.inject import fold
 from mace_peft.model.isolated import E0S
 from mace_peft.train.data import made_structures
+from mace_peft.train.data.kept_structures import kept_structures
 from mace_peft.train.data.made_structures import made_of
-from mace_peft.train.data.self_replay import kept_structures
 from mace_peft.train.self_replay import SelfReplay
 
 PEFT = {"peft": "elora", "peft_rank": 2, "max_num_epochs": 8}

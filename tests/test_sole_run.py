@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import time
 import unittest.mock
@@ -17,8 +18,9 @@ from mace_peft import PeftError
 from mace_peft.train import sole_run as module
 from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 from mace_peft.train.checkpoints import AdapterCheckpointHandler
-from mace_peft.train.sole_run import lock_files, run_without_peft, sole_run
+from mace_peft.train.sole_run import lock_files, sole_run
 
+run_without_peft = functools.partial(sole_run, with_peft=False)
 PEFT = {"peft": "mmea", "peft_rank": 2, "peft_targets": "products", "max_num_epochs": 1}
 GOING_ON = r"a run of the same --name is going on \(process \d+ on .*\), which writes to .*: wait for its end"
 

@@ -46,8 +46,8 @@ from mace_peft.methods.mmea import BOUND
 from mace_peft.model import isolated
 from mace_peft.model.adapted import fingerprint
 from mace_peft.model.targets import find_targets, unit
+from mace_peft.quiet import HARMLESS
 from mace_peft.train.checkpoints import measures
-from mace_peft.train.quiet import HARMLESS
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

@@ -1,13 +1,17 @@
 """Structures as MACE's models take them."""
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from mace.data import AtomicData, Configuration
+import torch
+from ase import Atoms
+from mace.data import AtomicData, Configuration, config_from_atoms
 from mace.tools import AtomicNumberTable
 from mace.tools.torch_geometric.batch import Batch
 from torch import nn
 
-from mace_peft.backbones.foundation import default_dtype_of, symbols
+from mace_peft.backbones.foundation import default_dtype_of, dtype_for_building
+from mace_peft.elements import symbols
 from mace_peft.errors import PeftError
 
 
@@ -27,6 +31,16 @@ def graphs(model: nn.Module, configurations: Sequence[Configuration]) -> list[At
     with default_dtype_of(model):
         return [AtomicData.from_config(configuration, table, float(model.r_max), heads=heads)
                 for configuration in configurations]
+
+
+@functools.lru_cache(maxsize=16)
+def isolated_atoms(elements: tuple[int, ...], heads: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """An atom of each element (atomic number) for each head, without neighbours: a batch as MACE's models take it."""
+    table, cutoff = AtomicNumberTable(list(elements)), 1.0  # A; no atom is near another
+    with dtype_for_building(dtype):
+        alone = [config_from_atoms(Atoms([element]), head_name=head) for head in heads for element in elements]
+        atoms = [AtomicData.from_config(one, table, cutoff, heads=list(heads)) for one in alone]
+        return Batch.from_data_list(atoms).to_dict()
 
 
 def check_elements(numbers: Iterable[int], known: Collection[int], who: str) -> None:

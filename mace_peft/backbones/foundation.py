@@ -2,17 +2,14 @@
 
 import contextlib
 import copy
-import functools
 import os
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from ase import Atoms
-from mace import data
 from mace.calculators import foundations_models
-from mace.tools import AtomicNumberTable, torch_geometric
+from mace.tools import AtomicNumberTable
 from mace.tools.finetuning_utils import load_foundations_elements
 from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
 from torch import nn
@@ -194,12 +191,3 @@ def dtype_for_building(dtype: torch.dtype) -> Iterator[None]:
         finally:
             torch.set_default_dtype(before)
 
-
-@functools.lru_cache(maxsize=16)
-def isolated_atoms(elements: tuple[int, ...], heads: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """An atom of each element (atomic number) for each head, without neighbours: a batch as MACE's models take it."""
-    table, cutoff = AtomicNumberTable(list(elements)), 1.0  # A; no atom is near another
-    with dtype_for_building(dtype):
-        alone = [data.config_from_atoms(Atoms([element]), head_name=head) for head in heads for element in elements]
-        atoms = [data.AtomicData.from_config(one, table, cutoff, heads=list(heads)) for one in alone]
-        return torch_geometric.batch.Batch.from_data_list(atoms).to_dict()

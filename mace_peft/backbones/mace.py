@@ -3,12 +3,13 @@
 from mace.modules.blocks import EquivariantProductBasisBlock, InteractionBlock
 from torch import Tensor, nn
 
+from mace_peft.backbones.batches import isolated_atoms
 from mace_peft.backbones.e3nn import LINEARS, PUBLISHED, Backbone
-from mace_peft.backbones.foundation import first_E0s, isolated_atoms, rebuild, single_head, with_heads
+from mace_peft.backbones.foundation import first_E0s, rebuild, single_head, with_heads
 from mace_peft.blocks import mace
 from mace_peft.errors import PeftError
 
-OF_MACE = PUBLISHED | {"contractions"}
+UPDATED_AS_PUBLISHED = PUBLISHED | {"contractions"}
 # where MACE keeps the settings of a backend, and its tool for the way back
 BACKENDS = {"cuEquivariance": ("cueq_config", "mace_cueq_to_e3nn"),
             "OpenEquivariance": ("oeq_config", "mace.cli.convert_oeq_e3nn")}
@@ -20,8 +21,8 @@ class Mace(Backbone):
 
     name = "mace"
     operations = mace.OPERATIONS
-    placements = {"products": {"product", "energies"}, "linears": LINEARS, "published": OF_MACE,
-                  "all": OF_MACE | {"convolution"}}
+    placements = {"products": {"product", "energies"}, "linears": LINEARS, "published": UPDATED_AS_PUBLISHED,
+                  "all": UPDATED_AS_PUBLISHED | {"convolution"}}
     pattern = "interactions.*.linear"
     # a buffer, which becomes a parameter where MACE takes over a foundation, and which its optimizer leaves out
     untrained = ("radial_embedding.bessel_fn.bessel_weights",)

@@ -39,9 +39,13 @@ class Adapted(nn.Module):
 class Updated(Adapted):
     """A block that runs with the weights that its adapter makes of its own. TorchScript: fold them in first."""
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """The block's own weights that the adapter reads, by name."""
+        return weights_of(self, self.adapter.names)
+
     def adapted_weights(self) -> dict[str, Tensor]:
-        """The weights, by name, that the adapter makes of the block's own, at its strength."""
-        return self.adapter.at_strength(weights_of(self, self.adapter.names))
+        """The weights, by name, that the adapter makes of these, at its strength."""
+        return self.adapter.at_strength(self.own_weights())
 
     def forward(self, *args, **kwargs):
         return over(self, self.adapted_weights()).forward(*args, **kwargs)
@@ -49,7 +53,7 @@ class Updated(Adapted):
     @torch.no_grad()
     def fold(self) -> None:
         """Put these weights in the place of the block's own for good."""
-        own = weights_of(self, self.adapter.names)
+        own = self.own_weights()
         for name, weight in self.adapted_weights().items():
             own[name].copy_(weight)
 

@@ -58,7 +58,7 @@ def layer_parts(block: RadialLayer) -> list[Part]:
 
 
 def dense_parts(block: nn.Linear) -> list[Part]:
-    """The same of torch's layer, which stores its weight as (columns, rows)."""
+    """Of torch's linear layer, which stores its weight as (columns, rows)."""
     bias = [] if block.bias is None else [Part("bias", 0, (1, 1, 1, block.out_features))]
     return [Part("weight", 0, (block.in_features, 1, 1, block.out_features), "weight", transposed=True), *bias]
 

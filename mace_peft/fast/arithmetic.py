@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from mace.modules import blocks
 from mace.modules.symmetric_contraction import Contraction
 
-from mace_peft.fast.contraction import by_element
-from mace_peft.fast.messages import summed
+from mace_peft.fast.contraction import CONTRACTION_OF_MACE, by_element
+from mace_peft.fast.messages import SUM_OF_MACE, summed
 from mace_peft.patching import replaced
-
-OF_MACE = Contraction.forward, blocks.scatter_sum
 
 
 @contextlib.contextmanager
@@ -26,4 +24,4 @@ def fast_arithmetic() -> contextlib.AbstractContextManager[None]:
 
 def arithmetic_of_mace() -> contextlib.AbstractContextManager[None]:
     """MACE's own for a while: TorchScript compiles nothing else."""
-    return compute_with(*OF_MACE)
+    return compute_with(CONTRACTION_OF_MACE, SUM_OF_MACE)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mace_peft.fast.polynomial import pairs_of, polynomial
 
-OF_MACE = Contraction.forward
+CONTRACTION_OF_MACE = Contraction.forward
 FEW = 4  # atoms of an element: with fewer, MACE's way is as fast, and keeps less for the backward pass
 SYMMETRIC: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of constants U, what ``symmetric`` made of them
 
@@ -30,11 +30,11 @@ def by_element(self: Contraction, x: Tensor, y: Tensor) -> Tensor:
     """x: (atoms, channels, components), y: one-hot elements (atoms, elements); to (atoms, channels * components of o).
     """
     if x.device.type != "cpu" or self.correlation > 3:
-        return OF_MACE(self, x, y)
+        return CONTRACTION_OF_MACE(self, x, y)
     element_of_atom = y.argmax(1)
     elements = element_of_atom.unique().tolist()
     if len(x) < FEW * len(elements):
-        return OF_MACE(self, x, y)
+        return CONTRACTION_OF_MACE(self, x, y)
     atoms = [(element_of_atom == element).nonzero()[:, 0] for element in elements]
     parts = [polynomial(x[which].permute(1, 2, 0).contiguous(), *coefficients(self, element))
              for element, which in zip(elements, atoms, strict=True)]

@@ -1,7 +1,6 @@
 """``mace_peft evaluate``: the errors of a foundation and of adapters as a table, and as a figure."""
 
 import functools
-import io
 import os
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from prettytable import PrettyTable
 
 from mace_peft.errors import PeftError, printable
-from mace_peft.files import REMEDY, check_regular, write_complete
+from mace_peft.files import REMEDY, check_regular, complete
 from mace_peft.inspect import strengths as over_strength
 from mace_peft.inspect.compare import QUANTITIES, Values, compare
 from mace_peft.inspect.figures import STYLE
@@ -43,9 +42,7 @@ def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: st
         figure = functools.partial(over_strength.draw, curves)
     if plot is None:
         return said
-    content = io.BytesIO()
-    figure().savefig(content, format=file_format(plot))
-    write_complete(plot, content.getbuffer(), remedy=REMEDY)
+    complete(Figure.savefig, remedy=REMEDY)(figure(), plot, format=file_format(plot))
     return f"{said}\nWrote {printable(plot)}"
 
 

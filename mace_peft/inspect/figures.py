@@ -1,6 +1,5 @@
 """The figures of ``mace_peft plot``, drawn from what ``gains`` and ``spectra`` give, or from a file of it."""
 
-import io
 import itertools
 import math
 import os
@@ -17,9 +16,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation
-from mace_peft.blocks.adapted import Updated, adapted_blocks, weights_of
+from mace_peft.blocks.adapted import Updated, adapted_blocks
 from mace_peft.errors import PeftError, one_line
-from mace_peft.files import REMEDY, check_regular, write_complete
+from mace_peft.files import REMEDY, check_regular, complete
 from mace_peft.inspect.gain_ranges import gates_with_gains
 from mace_peft.inspect.gains import constant_gains, gain_statistics
 from mace_peft.inspect.spectra import update_spectra
@@ -50,7 +49,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
         figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
     if any(block.adapter.gains() is not None for block in updated):
         figures["gains"] = draw_constant_gains(constant_gains(model))
-    updates = (block.adapter.low_rank_updates(weights_of(block, block.adapter.names)) for block in updated)
+    updates = (block.adapter.low_rank_updates(block.own_weights()) for block in updated)
     if any(updates) or not figures:
         figures["updates"] = draw_updates(update_spectra(model))
     directory = Path(adapter).resolve()
@@ -60,9 +59,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
             if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
                 raise PeftError(f"the figure {path} would take the place of {given}, which was given: rename that")
     for path, figure in zip(paths, figures.values(), strict=True):
-        content = io.BytesIO()
-        figure.savefig(content)
-        write_complete(path, content.getbuffer(), remedy=REMEDY)
+        complete(Figure.savefig, remedy=REMEDY)(figure, path)
     return paths
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mace_peft.blocks.adapted import Updated, adapted_blocks, weights_of
+from mace_peft.blocks.adapted import Updated, adapted_blocks
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import check_adapted
 from mace_peft.model.targets import unit
@@ -23,7 +23,7 @@ def update_spectra(model: nn.Module) -> dict:
     config = model.peft_config
     units: dict[str, list[dict]] = {}
     for name, block in adapted_blocks(model).items():
-        own = weights_of(block, block.adapter.names) if isinstance(block, Updated) else {}
+        own = block.own_weights() if isinstance(block, Updated) else {}
         updates = block.adapter.low_rank_updates(own) if own else {}
         for key, (update, weight) in updates.items():
             if not update.isfinite().all():

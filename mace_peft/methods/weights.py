@@ -86,6 +86,6 @@ def assemble(parts: Sequence[Part], values: Sequence[Tensor]) -> dict[str, Tenso
 
 
 def matrices(parts: Sequence[Part], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same from weights."""
+    """The matrices that take low-rank updates, (rows, columns) by name, from the weights of the operation."""
     updated = [part for part in parts if part.factors is not None]
     return assemble(updated, [part.of(weights) for part in updated])

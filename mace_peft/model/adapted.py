@@ -81,7 +81,7 @@ class AdaptedModel(nn.Module):
         self.peft_originals = dict.fromkeys(plain.peft_originals)
 
     def __call__(self, *args, **kwargs):
-        if any(model is self for model in SWITCHED_OFF.get()):
+        if is_switched_off(self):
             return base_of(self)(*args, **kwargs)
         of_base = of_isolated_atoms(self)
         if of_base is not None:
@@ -160,8 +160,13 @@ def check_adapted(model: nn.Module) -> None:
         raise PeftError(f"this {type(model).__name__} has no adapters: inject(model, config) puts them in")
 
 
+def is_switched_off(model: nn.Module) -> bool:
+    """Whether the adapters of the model are off in this context, see ``disable_adapter``."""
+    return any(off is model for off in SWITCHED_OFF.get())
+
+
 def check_switched_on(model: nn.Module) -> None:
-    if any(off is model for off in SWITCHED_OFF.get()):
+    if is_switched_off(model):
         raise PeftError("the model's adapter is switched off: leave disable_adapter first")
 
 

@@ -38,7 +38,10 @@ def interaction_energies(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def kept_by(base: nn.Module) -> Tensor | None:
-    """The same of the base; None where its features vanish, so that no adapter changes them."""
+    """What the base adds to the E0s of atoms without neighbours (eV).
+
+    None where their features vanish, so that no adapter changes it.
+    """
     if backbone_of(base).isolated_atoms(base) is None:
         return None
     found = interaction_energies(base)

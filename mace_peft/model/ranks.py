@@ -17,7 +17,7 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 
 from mace_peft.backbones import backbone_of
-from mace_peft.blocks.adapted import Adapted, Updated, adapted_blocks, adapters_of, weights_of
+from mace_peft.blocks.adapted import Adapted, Updated, adapted_blocks, adapters_of
 from mace_peft.config import PeftConfig
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import check_adapted
@@ -105,7 +105,7 @@ def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn
     probed = copy.deepcopy(model).requires_grad_(True)
     differentiate(probed)
     for name, block in blocks.items():
-        weights = weights_of(probed.get_submodule(name), block.adapter.names)
+        weights = probed.get_submodule(name).own_weights()
         block.adapter.start_along(gradients_of(name, weights))
     return model
 
@@ -113,7 +113,7 @@ def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn
 def untrained_updates(model: nn.Module) -> dict[str, Updated]:
     """The blocks whose weights have an update that is zero, as at its start, or none."""
     return {name: block for name, block in adapted_blocks(model).items() if isinstance(block, Updated) and not any(
-        update.any() for update, _ in block.adapter.low_rank_updates(weights_of(block, block.adapter.names)).values())}
+        update.any() for update, _ in block.adapter.low_rank_updates(block.own_weights()).values())}
 
 
 def gradients_of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def singular_values(name: str, block: Adapted) -> list[float]:
     """What each rank gains: singular values of the gradients of the module's matrices, the n-th of all added up."""
     found = []
     for adapter in adapters_of(block).values():
-        tensors = weights_of(block, adapter.names) if isinstance(block, Updated) else dict(adapter.named_parameters())
+        tensors = block.own_weights() if isinstance(block, Updated) else dict(adapter.named_parameters())
         found += adapter.gradients_by_rank(gradients_of(name, tensors))
     summed = torch.zeros(max(min(gradient.shape) for gradient in found), dtype=torch.float64)
     for gradient in found:

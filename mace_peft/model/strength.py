@@ -16,6 +16,7 @@ from mace_peft.model.adapted import (
     UNKNOWN,
     adapted_model_class,
     check_adapted,
+    is_switched_off,
     known_originals,
 )
 from mace_peft.model.inject import freeze
@@ -77,7 +78,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     PeftError if there is no adapter, and for a model of which only the gates are left: the updates that are folded into
     its weights cannot be switched off.
     """
-    if not any(off is model for off in SWITCHED_OFF.get()):  # by an outer one
+    if not is_switched_off(model):  # by an outer one
         check_adapted(model)
     if model.peft_folded:
         raise PeftError("the low-rank updates of this model are folded into its weights, so that it is not the "

@@ -1,1 +1,1 @@
-"""``--peft`` in ``mace_run_train``: nothing outside this folder knows that command."""
+"""``--peft`` in ``mace_run_train``: what a run does. ``startup`` and ``run_train`` lead here."""

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mace.tools.scripts_utils import get_optimizer
@@ -130,8 +130,9 @@ def training(original: types.SimpleNamespace, args: argparse.Namespace, model: n
     """
     optimizer, order = get_optimizer(args, groups), torch.Generator()
     order.set_state(train_loader.generator.get_state())
-    batches = endless(DataLoader(train_loader.dataset, batch_size=train_loader.batch_size, shuffle=True,
-                                 drop_last=train_loader.drop_last, generator=order))
+    loader = DataLoader(train_loader.dataset, batch_size=train_loader.batch_size, shuffle=True,
+                        drop_last=train_loader.drop_last, generator=order)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # pass after pass, each in an order of its own
     valid_loader = DataLoader(valid_set, batch_size=args.valid_batch_size, shuffle=False)
     learnt = list(trainable_parameters(model).values())
     shared = {"model": model, "loss_fn": loss, "output_args": output_args, "device": torch.device(args.device)}
@@ -149,8 +150,3 @@ def training(original: types.SimpleNamespace, args: argparse.Namespace, model: n
             return original.evaluate(data_loader=valid_loader, **shared)[0]
 
     return train
-
-
-def endless(loader: DataLoader) -> Iterator:
-    while True:
-        yield from loader

@@ -45,7 +45,7 @@ class CompleteCheckpointIO(CheckpointIO):
         return [info.path for info in self.known()]
 
     def known(self) -> list:
-        """What MACE reads in their names."""
+        """Path, tag and epoch of this run's checkpoints, as MACE reads them in the names; the latest last."""
         known = [self._parse_checkpoint_path(path) for path in self._list_file_paths()]
         own = [info for info in known if info is not None and info.tag == self.tag]
         return sorted(own, key=lambda info: info.epochs)

@@ -48,24 +48,23 @@ class AdapterCheckpointHandler(CheckpointHandler):
         if not options.restart_latest and not options.dry_run:
             self.io.set_earlier_aside(options.results_dir)
 
-    def file(self, epoch: int, stage_two: bool) -> str:
-        """The name of the epoch's checkpoint, as MACE's."""
-        return self.io._get_checkpoint_filename(epoch, 0 if stage_two else None)
+    def file(self, epoch: int) -> str:
+        """The name of the epoch's checkpoint in the present stage, as MACE's."""
+        return self.io._get_checkpoint_filename(epoch, 0 if self.progress.in_stage_two else None)
 
     def save_progress(self, state: CheckpointState, ema, loader, averaged: contextlib.AbstractContextManager | None,
                       epoch: int) -> None:
         """Save what a restart needs; and a checkpoint of the epoch, with the weights that the context gives, if any."""
-        held = copies(trainable_parameters(state.model))
         whole = checkpoint_of(self.builder.create_checkpoint(state), state.model, self.config, self.base)
         self.base = whole["base"]
-        whole |= {"model": held, "foundation": self.foundation, "resume": {
-            "weights": held, "kinds": kinds(state), "options": self.options,
+        whole |= {"foundation": self.foundation, "resume": {
+            "weights": whole["model"], "kinds": kinds(state), "options": self.options,
             "ema": None if ema is None else ema.state_dict(), "order": loader.generator.get_state(),
             "progress": self.progress.to_dict()}}
         if averaged is not None:
             with averaged:
                 weights = copies(trainable_parameters(state.model))
-            self.io.write(self.file(epoch, self.progress.in_stage_two), {**whole, "model": weights})
+            self.io.write(self.file(epoch), {**whole, "model": weights})
         self.io.write(self.io.restart, whole)
         self.io.remove_others(self.progress, self.keep)
 
@@ -201,8 +200,7 @@ def checkpoint_of(checkpoint: dict, model: torch.nn.Module, config: PeftConfig, 
     """
     trained = trainable_parameters(model)
     base = base or {name: measures(tensor) for name, tensor in model.state_dict().items() if name not in trained}
-    model_state = {name: tensor for name, tensor in checkpoint["model"].items() if name in trained}
-    return {**checkpoint, "model": model_state, "peft": config.to_dict(), "base": base}
+    return {**checkpoint, "model": copies(trained), "peft": config.to_dict(), "base": base}
 
 
 def measures(tensor: torch.Tensor) -> dict:

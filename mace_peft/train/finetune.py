@@ -25,16 +25,16 @@ from mace_peft.train.checkpoints import AdapterCheckpointHandler
 from mace_peft.train.data import datasets
 from mace_peft.train.data.batches import whole_batches
 from mace_peft.train.data.e0s import put_E0s_right, with_energy
+from mace_peft.train.data.kept_structures import kept_structures
 from mace_peft.train.data.reading import Reading
-from mace_peft.train.data.self_replay import kept_structures
 from mace_peft.train.foundation_head import with_one_head
 from mace_peft.train.gradients import reach_all
 from mace_peft.train.learning_rates import groups_of, settle_rates
 from mace_peft.train.loop import train
 from mace_peft.train.no_effect import warn_of_no_effect
 from mace_peft.train.not_finite import FiniteLosses
+from mace_peft.train.pseudolabels import apply_pseudolabels
 from mace_peft.train.record import Record
-from mace_peft.train.replay import apply_pseudolabels
 from mace_peft.train.results import Results
 from mace_peft.train.seams import originals
 from mace_peft.train.self_replay import SelfReplay
@@ -49,7 +49,7 @@ class FineTune:
 
     contract, sum_messages = staticmethod(by_element), staticmethod(summed)
     # modules of stand-ins that need to know nothing of the run
-    labels, datasets, weighed, metrics = labels, datasets, losses, metrics
+    labels, datasets, losses, metrics = labels, datasets, losses, metrics
 
     def __init__(self, run_train: types.ModuleType, args, start: Start, fast: bool):
         self.original = originals(run_train)
@@ -64,7 +64,7 @@ class FineTune:
         self.plain: nn.Module | None = None  # what is saved: the same, or its form without cuEquivariance
         self.kept: list | None = None  # the structures of --peft_keep
         self.checkpoints: AdapterCheckpointHandler | None = None
-        self.losses = FiniteLosses(self.original)
+        self.finite = FiniteLosses(self.original)
         self.reading = Reading(self.original, args, start.check_known)
         self.save_file = complete(self.original.save_file)
         self.results = Results(self.original, args, self.save_file)
@@ -88,7 +88,7 @@ class FineTune:
     def evaluate(self, model: nn.Module, **kwargs):
         """Below 0.3.15, MACE's evaluation leaves every parameter trainable; and a loss of NaN stops the run."""
         with trainability_kept(model):
-            loss, errors = self.losses.evaluate(model=model, **kwargs)
+            loss, errors = self.finite.evaluate(model=model, **kwargs)
         return loss, metrics.without_stress(errors, kwargs["output_args"])
 
     def model_inference(self, loaders: dict, model: nn.Module, *args, **kwargs):
@@ -213,7 +213,7 @@ class FineTune:
         self.checkpoints = AdapterCheckpointHandler(
             *args, config=self.start.config, foundation=self.start.foundation["fingerprint"], options=self.args,
             **kwargs)
-        self.losses.checkpoints = self.checkpoints.io.of_this_run
+        self.finite.checkpoints = self.checkpoints.io.of_this_run
         return self.checkpoints
 
     def train(self, **arguments) -> None:
@@ -238,7 +238,7 @@ class FineTune:
         return self.results.save(plain, stage_two)
 
     def deepcopy(self, value):
-        """A copy; of the trained model, once it has been saved, the one that MACE saves."""
+        """A copy; of the trained model, whose stage MACE has loaded, what Results has saved: MACE saves that again."""
         if value is not self.model or not self.results.saved:
             return copy.deepcopy(value)
         return self.result() if value is self.plain else value  # run_cueq_to_e3nn comes next

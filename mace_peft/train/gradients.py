@@ -9,7 +9,7 @@ from mace.tools.torch_geometric.dataloader import DataLoader
 from torch import nn
 from torch.utils.data import Subset
 
-STRUCTURES = 256  # of the training set, at most
+from mace_peft.model.ranks import STRUCTURES
 
 
 def differentiate(args: Namespace, dataset: Sequence, loss: nn.Module, output_args: dict, model: nn.Module) -> None:

@@ -18,13 +18,14 @@ from mace.tools import CheckpointState
 from mace_peft.adapter.description import versions
 from mace_peft.errors import PeftError
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.checkpoints import REMEDY, AdapterCheckpointHandler, holding
+from mace_peft.train.checkpoints import REMEDY, AdapterCheckpointHandler, copies, holding
 from mace_peft.train.progress import Progress, Stage
 from mace_peft.train.stage_two import forget, warm_up
 from mace_peft.train.timing import timed
 
 SAME = 1e-4  # losses that differ less, relatively, differ by rounding
-steps = importlib.import_module("mace.tools.train")  # MACE binds that name to a function, too
+# MACE binds that name to a function, too. While a run lasts, what is looked up here are the stand-ins of ``seams``
+steps = importlib.import_module("mace.tools.train")
 
 
 def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> Progress:
@@ -47,7 +48,7 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
         loss = validate(run, None, loss_function(run, progress is not None and progress.in_stage_two))
     resumed = progress is not None
     if not resumed:
-        start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(run.model).items()}
+        start = copies(trainable_parameters(run.model))
         progress = Progress(start, [Stage(loss)], loss=loss, kept=None if run.self_replay is None else 0)
     checkpoints.progress = progress
     if (progress.kept is None) != (run.self_replay is None):
@@ -131,7 +132,7 @@ def train_epoch(run: types.SimpleNamespace, checkpoints: AdapterCheckpointHandle
                 run.self_replay.tell(epoch)
             if run.plotter and epoch % run.plotter.plot_frequency == 0:
                 run.plotter.plot(epoch, evaluated_model(run), run.rank)
-        saved = progress.take(loss, checkpoints.file(epoch, progress.in_stage_two)) or run.save_all_checkpoints
+        saved = progress.take(loss, checkpoints.file(epoch)) or run.save_all_checkpoints
     progress.epoch += 1
     if evaluated and progress.waited >= run.patience:
         stop_waiting(run, progress)

@@ -2,7 +2,8 @@
 
 ``weighted``, ``ef``, ``forces_only``, ``stress`` and ``virials`` multiply each error by both. MACE's ``huber`` knows
 neither, ``l1l2energyforces`` neither for forces, ``energy_forces_dipole`` neither for dipoles, and ``universal`` not
-that of structures. With weights of 1, each is the same number as in MACE.
+that of structures. With weights of 1, each is the same number as in MACE. ``ptr.diff()`` is the number of atoms of each
+structure of a batch.
 """
 
 import torch
@@ -19,14 +20,10 @@ from torch.nn.functional import huber_loss
 SOFTER = ((100.0, 0.7), (200.0, 0.4), (300.0, 0.1))
 
 
-def atoms_of(ref) -> torch.Tensor:
-    return ref.ptr[1:] - ref.ptr[:-1]
-
-
 def spread(ref, name: str, weight: torch.Tensor) -> torch.Tensor:
     """Weights of structures in a shape that multiplies the label of that name: of each atom, or of each structure."""
     if name == "forces":
-        weight = torch.repeat_interleave(weight, atoms_of(ref))
+        weight = torch.repeat_interleave(weight, ref.ptr.diff())
     return weight.view(-1, *[1] * (ref[name].dim() - 1))
 
 
@@ -36,7 +33,7 @@ class WeightedHuberEnergyForcesStressLoss(modules.WeightedHuberEnergyForcesStres
             raw = huber_loss(ref[name] / divisor, pred[name] / divisor, reduction="none", delta=self.huber_delta)
             return reduce_loss(spread(ref, name, ref.weight * ref[f"{name}_weight"]) * raw, ddp)
 
-        return (self.energy_weight * term("energy", atoms_of(ref)) + self.forces_weight * term("forces")
+        return (self.energy_weight * term("energy", ref.ptr.diff()) + self.forces_weight * term("forces")
                 + self.stress_weight * term("stress"))
 
 
@@ -51,7 +48,7 @@ class UniversalLoss(modules.UniversalLoss):
             raw = torch.where(error < delta, 0.5 * error**2, delta * (error - 0.5 * delta))
             return reduce_loss(spread(ref, name, ref.weight) * raw, ddp)
 
-        return (self.energy_weight * term("energy", atoms_of(ref)) + self.forces_weight * term("forces")
+        return (self.energy_weight * term("energy", ref.ptr.diff()) + self.forces_weight * term("forces")
                 + self.stress_weight * term("stress"))
 
     def softened(self, forces: torch.Tensor) -> torch.Tensor:
@@ -66,14 +63,14 @@ class UniversalLoss(modules.UniversalLoss):
 class WeightedEnergyForcesL1L2Loss(modules.WeightedEnergyForcesL1L2Loss):
     def forward(self, ref, pred, ddp: bool | None = None) -> torch.Tensor:
         norms = torch.linalg.vector_norm(ref["forces"] - pred["forces"], ord=2, dim=-1)
-        weight = torch.repeat_interleave(ref.weight * ref.forces_weight, atoms_of(ref))
+        weight = torch.repeat_interleave(ref.weight * ref.forces_weight, ref.ptr.diff())
         return (self.energy_weight * weighted_mean_absolute_error_energy(ref, pred, ddp)
                 + self.forces_weight * reduce_loss(weight * norms, ddp))
 
 
 class WeightedEnergyForcesDipoleLoss(modules.WeightedEnergyForcesDipoleLoss):
     def forward(self, ref, pred, ddp: bool | None = None) -> torch.Tensor:
-        squares = torch.square((ref["dipole"] - pred["dipole"]) / atoms_of(ref).unsqueeze(-1))
+        squares = torch.square((ref["dipole"] - pred["dipole"]) / ref.ptr.diff().unsqueeze(-1))
         weight = ref.weight.unsqueeze(-1) * ref.dipole_weight
         return (self.energy_weight * weighted_mean_squared_error_energy(ref, pred, ddp)
                 + self.forces_weight * mean_squared_error_forces(ref, pred, ddp)

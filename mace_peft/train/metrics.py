@@ -51,7 +51,7 @@ class MACELoss(Metric):
     def update(self, batch, output: dict) -> None:
         self.total_loss += self.loss_fn(pred=output, ref=batch)
         self.num_data += batch.num_graphs
-        atoms = batch.ptr[1:] - batch.ptr[:-1]
+        atoms = batch.ptr.diff()
         for name in ERRORS:
             label, predicted = batch[name], output.get(name)
             if label is None or predicted is None:

@@ -12,7 +12,7 @@ from mace_peft.errors import PeftError, check_choice
 from mace_peft.methods import METHODS
 from mace_peft.train.auto_candidates import AUTO
 from mace_peft.train.learning_rates import mark_defaults
-from mace_peft.train.run_files import check_files
+from mace_peft.train.run_files import check_places
 
 # Text, not int or float, and no argparse choices: PeftConfig checks the values and says so in one line. No defaults
 # (argparse.SUPPRESS): args of a run without --peft are then what they are without mace-peft.
@@ -135,7 +135,7 @@ def check_options(args: argparse.Namespace) -> None:
     if os.sep in args.name:
         raise PeftError(f"--name {args.name} has a {os.sep}, and MACE would not find its checkpoints again: give the "
                         "folder by --work_dir")
-    check_files(args)
+    check_places(args)
     check_keep(args)
 
 

@@ -10,11 +10,11 @@ import types
 
 from mace_peft.errors import PeftError
 from mace_peft.patching import replaced
+from mace_peft.quiet import without_harmless_warnings
 from mace_peft.train.learning_rates import unmark
 from mace_peft.train.options import add_options, check_options, read_settings, settle_cueq, stop
-from mace_peft.train.quiet import without_harmless_warnings
 from mace_peft.train.run_files import checkpoints_begin
-from mace_peft.train.sole_run import run_without_peft, sole_run
+from mace_peft.train.sole_run import sole_run
 
 SUPPORTED = ("0.3.13", "0.3.14", "0.3.15", "0.3.16")  # versions of mace-torch
 
@@ -36,7 +36,7 @@ def install(run_train: types.ModuleType) -> None:
             if settings is None:
                 unmark(args)
                 configure = functools.partial(refuse_adapted, run_train.configure_model)
-                with run_without_peft(args), replaced(run_train, "configure_model", configure):
+                with sole_run(args, with_peft=False), replaced(run_train, "configure_model", configure):
                     refuse_checkpoints(args)
                     return original_run(args)
             return run_with_peft(run_train, args, settings)

@@ -48,8 +48,7 @@ class Progress:
 
     def to_dict(self) -> dict:
         """As values that a checkpoint can hold."""
-        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**held, "stages": [dataclasses.asdict(stage) for stage in self.stages]}
+        return {**vars(self), "stages": [dataclasses.asdict(stage) for stage in self.stages]}
 
     @property
     def stage(self) -> Stage:

@@ -82,7 +82,7 @@ class Record:
     def training(self, stage_two: bool) -> dict:
         """What the adapter of the stage holds of it, see ``mace_peft.adapter.description.TRAINING``."""
         stage, result = self.progress.result(stage_two), self.of_result[stage_two]
-        two = stage_two and len(self.progress.stages) == 2
+        two = stage_two and self.progress.in_stage_two
         loss = self.trained.swa.loss_fn if two else self.trained.loss_fn
         default = build_default_arg_parser().get_default
         said = {name: getattr(self.args, name, None) for name in (*OPTIONS, *IF_GIVEN)

@@ -40,9 +40,11 @@ def checkpoint_before(args: argparse.Namespace) -> tuple[str, dict, PeftConfig] 
 def ranks_before(args: argparse.Namespace, config: PeftConfig) -> PeftConfig | None:
     """The settings with the ranks of that checkpoint; None without such a one."""
     before = checkpoint_before(args)
-    if before is None or before[2].method != config.method:
+    if before is None:
+        return None
+    _, _, made = before
+    if made.method != config.method:
         return None  # whoever loads it says so, here and below
-    made = before[2]
     chosen = dataclasses.replace(config, rank_pattern=made.rank_pattern) if made.rank == "auto" else None
     return chosen if chosen == made else None
 

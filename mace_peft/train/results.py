@@ -128,15 +128,14 @@ class Results:
     def say(self) -> None:
         """Log errors of each result, which epoch it is of, whether it is better than the start, and how to use it."""
         heads = list(self.record.trained.valid_loaders)
-        for stage_two in (False, True):
-            if not stage_two or stage_two in self.saved:
-                if stage_two in self.saved:  # by the first process
-                    self.tell(stage_two)
-                level, line = outcome(self.record.progress, stage_two, self.args.lbfgs)
-                if len(heads) > 1:
-                    line += f" (losses of the head {heads[-1]}, by which MACE chooses)"
-                model, adapter = self.paths(stage_two)
-                logging.log(level, f"Result in {model.name} and {adapter.name}: {line}")
+        for stage_two in sorted({False, *self.saved}):
+            if stage_two in self.saved:  # by the first process
+                self.tell(stage_two)
+            level, line = outcome(self.record.progress, stage_two, self.args.lbfgs)
+            if len(heads) > 1:
+                line += f" (losses of the head {heads[-1]}, by which MACE chooses)"
+            model, adapter = self.paths(stage_two)
+            logging.log(level, f"Result in {model.name} and {adapter.name}: {line}")
         for stage_two in self.saved:
             logging.info(f"In ASE: {self.in_ASE(stage_two)}")
 

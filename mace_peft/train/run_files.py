@@ -10,12 +10,19 @@ from pathlib import Path
 from mace_peft.errors import PeftError
 from mace_peft.files import check_regular
 
+# MACE's options of folders, and where they are inside --work_dir by default
+FOLDERS = {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results", "log_dir": "logs"}
 
-def check_files(args: argparse.Namespace) -> None:
+
+def folder(args: argparse.Namespace, option: str) -> Path:
+    """The folder of that option, also before MACE has filled it in; in any release."""
+    return Path(getattr(args, option, None) or Path(args.work_dir, FOLDERS[option]))
+
+
+def check_places(args: argparse.Namespace) -> None:
     """Raise PeftError if the run could not write a file, or would write one over what it starts from."""
-    for name, inside in {"model_dir": "", "checkpoints_dir": "checkpoints", "results_dir": "results",
-                         "log_dir": "logs"}.items():
-        check_writable(f"--{name}", Path(getattr(args, name) or Path(args.work_dir, inside)))
+    for option in FOLDERS:
+        check_writable(f"--{option}", folder(args, option))
     for stage in ("", "_stagetwo"):
         check_free(adapter_directory(args, stage))
     check_names_free(args)
@@ -46,10 +53,8 @@ def check_free(directory: Path) -> None:
 def check_names_free(args: argparse.Namespace) -> None:
     """Raise PeftError if a link, pipe or device has the name of a file that the run writes to or reads again."""
     beginning = checkpoints_begin(args)
-    folders = ((beginning.parent, "*.pt"), (Path(args.log_dir or Path(args.work_dir, "logs")), "*.log"),
-               (Path(args.results_dir or Path(args.work_dir, "results")), "*.txt"))
-    for folder, pattern in folders:
-        for path in folder.glob(f"{glob.escape(beginning.name)}{pattern}"):
+    for option, pattern in {"checkpoints_dir": "*.pt", "log_dir": "*.log", "results_dir": "*.txt"}.items():
+        for path in folder(args, option).glob(f"{glob.escape(beginning.name)}{pattern}"):
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise PeftError(f"{path} is a link, pipe or device, and the run has a file of that name: remove it, or "
                                 "give this run another --name")
@@ -61,7 +66,7 @@ def models(args: argparse.Namespace) -> list[Path]:
     """The files of models that the run writes."""
     stages = ("", "_stagetwo") if args.swa else ("",)
     return [Path(f"{beginning}{stage}{end}") for stage in stages for end in (".model", "_compiled.model")
-            for beginning in (checkpoints_begin(args), Path(args.model_dir or args.work_dir, args.name))]
+            for beginning in (checkpoints_begin(args), folder(args, "model_dir") / args.name)]
 
 
 def check_start_stays(args: argparse.Namespace) -> None:
@@ -79,15 +84,15 @@ def check_start_stays(args: argparse.Namespace) -> None:
 
 
 def checkpoints_begin(args: argparse.Namespace) -> Path:
-    """What the paths of the run's checkpoints begin with, before MACE has filled in its folders."""
-    return Path(args.checkpoints_dir or Path(args.work_dir, "checkpoints"), f"{args.name}_run-{args.seed}")
+    """What the paths of the run's checkpoints begin with."""
+    return folder(args, "checkpoints_dir") / f"{args.name}_run-{args.seed}"
 
 
 def adapter_directory(args: argparse.Namespace, stage: str) -> Path:
     """Where a stage of the run ("" or "_stagetwo") saves its adapter: beside ``NAME.model``."""
-    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}_adapter"
+    return folder(args, "model_dir") / f"{args.name}{stage}_adapter"
 
 
 def model_path(args: argparse.Namespace, stage: str) -> Path:
     """The model of a stage of the run ("" or "_stagetwo"), as MACE names it."""
-    return Path(args.model_dir or args.work_dir) / f"{args.name}{stage}.model"
+    return folder(args, "model_dir") / f"{args.name}{stage}.model"

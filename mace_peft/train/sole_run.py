@@ -15,6 +15,7 @@ from typing import TextIO
 
 from mace_peft.errors import PeftError
 from mace_peft.files import one_line_errors
+from mace_peft.train.run_files import FOLDERS, folder
 
 try:
     import fcntl
@@ -26,30 +27,17 @@ RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # set by who starts th
 
 
 @contextlib.contextmanager
-def sole_run(args: argparse.Namespace) -> Iterator[None]:
-    """While this lasts, no other run writes to files of the same names.
+def sole_run(args: argparse.Namespace, with_peft: bool = True) -> Iterator[None]:
+    """While this lasts, no other run writes to files of the same names; beside one without ``--peft``, none with it.
 
     Raises PeftError if one does so already. Of a distributed run, the first process has the locks for all.
     """
     with contextlib.ExitStack() as stack:
         if fcntl is not None and is_first(args):
             for path in lock_files(args):
-                with one_line_errors(path):
-                    stack.enter_context(locked(path, fcntl.LOCK_EX))
-        yield
-
-
-@contextlib.contextmanager
-def run_without_peft(args: argparse.Namespace) -> Iterator[None]:
-    """While this lasts, no run with ``--peft`` writes to files of the same names; others without do as ever.
-
-    Raises PeftError if one with ``--peft`` does so already.
-    """
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None and is_first(args):
-            for path in lock_files(args):
-                with contextlib.suppress(OSError):  # such a run writes where it can, and has no lock elsewhere
-                    stack.enter_context(locked(path, fcntl.LOCK_SH))
+                # a run without --peft writes where it can, and has no lock elsewhere
+                with one_line_errors(path) if with_peft else contextlib.suppress(OSError):
+                    stack.enter_context(locked(path, fcntl.LOCK_EX if with_peft else fcntl.LOCK_SH))
         yield
 
 
@@ -61,11 +49,10 @@ def is_first(args: argparse.Namespace) -> bool:
 def lock_files(args: argparse.Namespace) -> list[Path]:
     """A hidden file in each directory that a run writes to, in an order that is the same for all runs."""
     tag = f"{args.name}_run-{args.seed}"
-    stages = ("", "_stagetwo") if getattr(args, "swa", False) else ("",)  # here and below: whatever the release
+    stages = ("", "_stagetwo") if getattr(args, "swa", False) else ("",)  # in any release
     # model and adapter have no seed in their names
-    paths = {Path(getattr(args, "model_dir", None) or args.work_dir, f".{args.name}{stage}.lock") for stage in stages}
-    for name, inside in {"checkpoints_dir": "checkpoints", "results_dir": "results", "log_dir": "logs"}.items():
-        paths.add(Path(getattr(args, name, None) or Path(args.work_dir, inside), f".{tag}.lock"))
+    paths = {folder(args, "model_dir") / f".{args.name}{stage}.lock" for stage in stages}
+    paths |= {folder(args, option) / f".{tag}.lock" for option in FOLDERS if option != "model_dir"}
     return sorted(path.absolute() for path in paths)
 
 

@@ -46,7 +46,14 @@ class Start:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def check_known(self, elements: list[int]) -> None:
-        check_elements(elements, self.elements, self.adapted is not None)
+        """Raise PeftError if the run has elements (atomic numbers) that the model to start from has never seen."""
+        new = set(elements) - set(self.elements)
+        if new and self.adapted is not None:
+            raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it "
+                            f"knows {symbols(self.elements)}): start from the foundation")
+        if new:
+            raise PeftError(f"the run has {symbols(new)}, which the foundation does not know: leave out what has these "
+                            "elements, or give another foundation model")
 
 
 def find_start(args: argparse.Namespace, settings: dict) -> Start:
@@ -172,17 +179,6 @@ def let_fitted_E0s_train(config: PeftConfig, args: argparse.Namespace, asked: It
     logging.info("The E0s, which were fitted to the data, train along: those of --E0s with numbers would stay")
     patterns = dict.fromkeys((*split_patterns(config.train_also), E0S))
     return dataclasses.replace(config, train_also=",".join(patterns))
-
-
-def check_elements(elements: list[int], known: list[int], adapted: bool) -> None:
-    """Raise PeftError if the run has elements (atomic numbers) that the foundation, or the adapter, has never seen."""
-    new = set(elements) - set(known)
-    if new and adapted:
-        raise PeftError(f"the run has {symbols(new)}, which the adapter that it starts from has never seen (it knows "
-                        f"{symbols(known)}): start from the foundation")
-    if new:
-        raise PeftError(f"the run has {symbols(new)}, which the foundation does not know: leave out what has these "
-                        "elements, or give another foundation model")
 
 
 def check_heads(heads: list[str], adapted: nn.Module) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Sized
 
 
 def whole_batches(dataset: Sized, *, batch_size: int, drop_last: bool = False, **options) -> dict:
-    """The options of a data loader that leaves out what fills no batch where it trains, of batches that data can fill.
+    """The options of a data loader, given MACE's.
 
-    MACE gives loaders that train, or that processes share, a sampler or None. The others are of tables and figures, of
-    one head or a test set: they take all structures.
+    One that trains leaves out what fills no batch; where all the data fill none, they come in one smaller batch. MACE
+    gives loaders that train, or that processes share, a ``sampler``, which may be None. The others are of tables and
+    figures, of one head or a test set: they take all structures.
     """
     if "sampler" not in options:
         return {**options, "batch_size": batch_size, "drop_last": False, "shuffle": False}

@@ -46,9 +46,8 @@ class Checked:
             except Exception as error:  # a file of another layout fails in many ways
                 raise unreadable(f"structure {index} of {file_path}", error) from error
             check_elements_listed(configuration.atomic_numbers.tolist(), self.z_table.zs, file_path)
-            for counts, of_this in ((self.counts, count([configuration], weighed=False)),
-                                    (self.weighed, count([configuration]))):
-                counts.update({name: counts[name] + number for name, number in of_this.items()})
+            self.counts.update(count([configuration], weighed=False))
+            self.weighed.update(count([configuration]))
         if not len(self):
             raise PeftError(f"{file_path} has no structures: give a file that has some")
         log_counts(f"{file_path}, {len(self)} structures", self.weighed)

@@ -11,17 +11,17 @@ from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
 from mace_peft.train.data.heads import REPLAY_SETS
 
-PARTS = {"train_file": "--train_file", "valid_file": "--valid_file", "test_file": "--test_file"}
+PARTS = ("train_file", "valid_file", "test_file")
 
 
 def check_files(config, args: argparse.Namespace) -> None:
     """Raise PeftError for files of the head that MACE would not read, or only after the training."""
-    train, valid, test = (listed(getattr(config, part), option) for part, option in PARTS.items())
+    train, valid, test = (listed(getattr(config, part), f"--{part}") for part in PARTS)
     if train in [[name] for name in REPLAY_SETS]:
         return
-    for files, option in zip((train, valid, test), PARTS.values(), strict=True):
+    for files, part in zip((train, valid, test), PARTS, strict=True):
         for file in files:
-            check_there(file, option)
+            check_there(file, f"--{part}")
     of_ase = {part: [file for file in files if check_path_ase_read(file)]
               for part, files in (("train", train), ("valid", valid), ("test", test))}
     if valid and bool(of_ase["train"]) != bool(of_ase["valid"]):

@@ -73,11 +73,12 @@ def check_head(head, loss: str, trained: dict[str, int], validated: dict[str, in
     taken, where = TAKEN.get(loss, BOTH), f"the training set of the head {head.head_name}"
     keys = {**head.key_specification.info_keys, **head.key_specification.arrays_keys}
     for name in LABELS:
-        asked, key = asked_keys(name, [head]), keys.get(name, DEFAULT_KEYS.get(name))
+        asked = keys_of_head(head, (name,)) if head.collections is not None else []  # HDF5 files have keys of their own
+        key = keys.get(name, DEFAULT_KEYS.get(name))
         if asked and not trained[name]:
             raise PeftError(f"--{name}_key {asked[0]}: no structure of {where} has a label under it; the keys of "
-                            f"{head.train_file[0]} are {', '.join(keys_in(head.train_file[0]))}: give one of them, or "
-                            "leave it out")
+                            f"{head.train_file[0]} are {', '.join(keys_of(read(head.train_file[0])))}: give one of "
+                            "them, or leave it out")
         if name in taken and not trained[name]:
             logging.warning(f"No structure of {where} has {name} under the key {key} (--{name}_key), so that --loss "
                             f"{loss} trains on the other labels alone")
@@ -97,17 +98,8 @@ def ignored_weights(args: argparse.Namespace, taken: tuple[str, ...]) -> list[st
     return [name for name in sorted(ignored) if getattr(args, name, None) not in (None, default(name))]
 
 
-def asked_keys(name: str, heads: list) -> list[str]:
-    """Keys of the label that are not MACE's own ones, in heads that are read from XYZ files."""
-    return [key for head in heads if head.collections is not None for key in keys_of_head(head, (name,))]
-
-
 def keys_of_head(head, names: tuple[str, ...]) -> list[str]:
     """The keys of these labels that are not MACE's own ones; none for replay, which has MACE's data."""
     keys = {**head.key_specification.info_keys, **head.key_specification.arrays_keys}
     return [keys[name] for name in names if name in keys and keys[name] != DEFAULT_KEYS.get(name)
             and head.head_name != PT_HEAD]
-
-
-def keys_in(path: str) -> list[str]:
-    return keys_of(read(path))

@@ -27,12 +27,12 @@ DISTANCES = {"rocksalt": 1 / 2, "zincblende": 3**0.5 / 4, "cesiumchloride": 3**0
 ATOMS_OF_CELL = {"fcc": 4, "bcc": 2, "sc": 1}
 
 
-def made_of(elements: Collection[int], count: int = COUNT, seed: int = SEED) -> list[Atoms]:
-    """So many molecules and crystals of these elements (atomic numbers); the same seed gives the same structures.
+def made_of(elements: Collection[int], count: int = COUNT) -> list[Atoms]:
+    """So many molecules and crystals of these elements (atomic numbers), always the same ones.
 
     Raises PeftError if ASE has no molecule and no crystal of them.
     """
-    random, known = np.random.default_rng(seed), {chemical_symbols[number] for number in elements}
+    random, known = np.random.default_rng(SEED), {chemical_symbols[number] for number in elements}
     small, prototypes = molecules(known), crystals(known)
     open_ended = [molecule for molecule in small if bonds_to_hydrogen(molecule)]
     makers = (lambda: one_of(small, random).copy(),

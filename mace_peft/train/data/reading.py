@@ -4,6 +4,7 @@ import argparse
 import ast
 import logging
 import types
+from collections import Counter
 from pathlib import Path
 
 from mace import data
@@ -136,10 +137,9 @@ class Reading:
                 file.weight = self.args.weight_pt_head if config.head_name == PT_HEAD else 1.0
         return dataset
 
-    def add(self, head_name: str, part: str, counts: dict[str, int], weighed: dict[str, int]) -> None:
-        for of_all, of_these in ((self.counts, counts), (self.weighed, weighed)):
-            held = of_all.setdefault((head_name, part), count([]))
-            held.update({name: held[name] + number for name, number in of_these.items()})
+    def add(self, head_name: str, part: str, counts: Counter[str], weighed: Counter[str]) -> None:
+        self.counts.setdefault((head_name, part), count([])).update(counts)
+        self.weighed.setdefault((head_name, part), count([])).update(weighed)
 
     def check_before_training(self) -> None:
         """Raise PeftError for labels that do not go with the loss."""
