@@ -19,8 +19,8 @@ from releases import since
 from remembered import remember_models
 from remembered_graphs import remember_graphs
 
-# The C library gives memory back to the system after each tensor, which then clears it anew. It
-# reads this when a process starts, as those that run tests do after this.
+# The C library gives memory back to the system after each tensor, which then clears it anew. It reads this when a
+# process starts, as those that run tests do after this.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 # start first: or one of them goes on alone when all others have ended
 LONG = ("test_contract", "test_cueq", "test_families", "test_train")

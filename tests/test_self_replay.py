@@ -130,7 +130,7 @@ def test_the_order_is_one_of_its_own_and_draws_no_random_numbers_of_the_run(doub
 
 
 def test_processes_share_a_batch(double_precision, monkeypatch):
-    kept = replay(inject(tiny_mace(interactions=1), PeftConfig("scales")), batch_size=8)
+    kept = replay(inject(tiny_mace(interactions=1), PeftConfig("scales")), batch_size=4)
     whole, asked = [kept.at(place) for place in range(4)], []
     kept.batch_size, kept.processes = 2, 2
     monkeypatch.setattr(kept, "at", lambda place: asked.append(place) or 0)

@@ -1,7 +1,7 @@
 """Self-replay (``--peft_keep``): the training holds the model to what its foundation predicts for other structures.
 
 The foundation is still there, frozen, in the model: its predictions, with the adapters off, are the labels, computed
-once at the start. In each step a small batch of these structures passes through the model as it is, and their loss is
+once at the start. In each step a batch of these structures passes through the model as it is, and their loss is
 added to the run's own. Some structures are held out: they show how far the forces on others have moved.
 """
 
@@ -34,9 +34,10 @@ class SelfReplay:
     a run share each batch.
 
     model: what trains; base: it, or its form without cuEquivariance, which gives the labels with the adapters off;
-    loss: that of stage one; batch_size: of the run, of which half is kept structures. taken: how many structures the
-    steps have had so far, in an order that the seed alone tells, so that a restart has to know no more. Raises
-    PeftError for a structure that cannot be computed, and for one of which the foundation predicts no finite numbers.
+    loss: that of stage one; batch_size: of the run, beside which each step has as many kept structures. taken: how many
+    structures the steps have had so far, in an order that the seed alone tells, so that a restart has to know no more.
+    Raises PeftError for a structure that cannot be computed, and for one of which the foundation predicts no finite
+    numbers.
     """
 
     def __init__(self, structures: Sequence[Atoms], model: nn.Module, base: nn.Module, loss: nn.Module,
@@ -51,7 +52,7 @@ class SelfReplay:
         distributed = torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank() if distributed else 0
         self.processes = torch.distributed.get_world_size() if distributed else 1
-        self.batch_size = (batch_size + 1) // 2
+        self.batch_size = batch_size
         logging.info(f"Self-replay: the foundation's predictions are kept for {len(self.structures)} structures of "
                      f"--peft_keep {args.peft_keep}, {self.batch_size} in each step, with the weight "
                      f"{args.peft_keep_weight:g}; {len(self.held_out)} more are held out")
