@@ -25,7 +25,7 @@ from mace_peft import calculator
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-STEP = 0.5  # fs
+STEP, STEPS = 0.5, 2000  # fs, and how many of them
 TEMPERATURE = 300  # K
 
 
@@ -66,6 +66,17 @@ def wavenumbers(atoms: Atoms, model: Calculator) -> np.ndarray:
         return np.sort(vibrations.get_frequencies().real)[6:]
 
 
+def look(foundation: str, adapter: str, structures: str, steps: int = STEPS, frames: str = "dynamics.xyz") -> tuple:
+    """What ``draw`` takes: labels, forces of both models, energies of the dynamics, and vibrations of both."""
+    read = ase.io.read(structures, ":")
+    models = {"foundation": MACECalculator(foundation, device="cpu", default_dtype="float64"),
+              "fine-tuned": calculator(foundation, adapter, device="cpu")}
+    return (np.concatenate([atoms.arrays["REF_forces"] for atoms in read]),
+            {name: forces(read, model) for name, model in models.items()},
+            dynamics(read[0], models["fine-tuned"], steps, frames),
+            {name: wavenumbers(read[0], model) for name, model in models.items()})
+
+
 def draw(labels: np.ndarray, predicted: dict[str, np.ndarray], energies: np.ndarray,
          spectra: dict[str, np.ndarray]) -> plt.Figure:
     """Forces against their labels, energies of the dynamics, and the vibrations."""
@@ -95,18 +106,12 @@ def main() -> None:
     parser.add_argument("adapter", help="directory that the fine-tune left")
     parser.add_argument("--foundation", default="foundation.model")
     parser.add_argument("--structures", default="test.xyz", help="with REF_forces")
-    parser.add_argument("--steps", type=int, default=2000, help=f"of {STEP} fs")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {STEP} fs")
     args = parser.parse_args()
-    structures = ase.io.read(args.structures, ":")
-    labels = np.concatenate([atoms.arrays["REF_forces"] for atoms in structures])
-    models = {"foundation": MACECalculator(args.foundation, device="cpu", default_dtype="float64"),
-              "fine-tuned": calculator(args.foundation, args.adapter, device="cpu")}
-    predicted = {name: forces(structures, model) for name, model in models.items()}
-    energies = dynamics(structures[0], models["fine-tuned"], args.steps, "dynamics.xyz")
-    spectra = {name: wavenumbers(structures[0], model) for name, model in models.items()}
+    labels, predicted, energies, spectra = look(args.foundation, args.adapter, args.structures, args.steps)
     draw(labels, predicted, energies, spectra).savefig("tutorial.png", dpi=110)
-    for name in models:
-        print(f"{name}: force MAE {1e3 * np.abs(predicted[name] - labels).mean():.1f} meV/A, highest vibration "
+    for name, values in predicted.items():
+        print(f"{name}: force MAE {1e3 * np.abs(values - labels).mean():.1f} meV/A, highest vibration "
               f"{spectra[name][-1]:.0f} 1/cm")
     drift, time = 1e3 * np.ptp(energies[:, 1]), STEP * len(energies) / 1000
     print(f"The total energy stays within {drift:.1f} meV over {time:g} ps")
