@@ -82,7 +82,7 @@ def test_labels_are_the_predictions_of_the_foundation(models):
 def test_the_loss_is_that_of_its_equation(models):
     foundation, model = models
     kept = replay(model)
-    batch = [1 + place + place // 9 for place in map(kept.at, range(2))]  # 0 and 10 are held out
+    batch = [1 + place + place // 9 for place in map(kept.at, range(4))]  # 0 and 10 are held out
     base, now = interaction(foundation, others()), interaction(model, others())
     structures = others()
     energy = np.mean([((now[0][i] - base[0][i]) / len(structures[i])) ** 2 for i in batch])
@@ -213,7 +213,7 @@ def test_a_huge_weight_holds_the_forces_of_others(runs):
 def test_the_run_and_its_adapter_say_what_was_kept(runs):
     run = runs[1e6]
     assert "Self-replay: the foundation's predictions are kept for 18 structures of --peft_keep" in run.log
-    assert "2 in each step, with the weight 1e+06; 2 more are held out" in run.log
+    assert "4 in each step, with the weight 1e+06; 2 more are held out" in run.log
     options = run.adapter_config()["training"]["options"]
     assert (options["peft_keep"], options["peft_keep_weight"]) == ("kept.xyz", 1e6)
     for text in (info(str(run.adapter())), (run.adapter() / "README.md").read_text()):
