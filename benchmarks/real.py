@@ -31,6 +31,7 @@ from torch_geometric.loader import DataLoader
 
 from mace_peft import PeftConfig, choose_ranks, inject, start_along_gradients
 from mace_peft.sevennet import load_foundation
+from mace_peft.train.data.made_structures import made_of
 
 FOUNDATION, CUTOFF = "7net-0", 5.0  # A
 EPOCHS = {"ethanol": 30, "malonaldehyde": 30, "tungsten": 8}
@@ -39,20 +40,22 @@ TRAINED, TESTED, BATCH = 50, 100, 5
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Settings, the rate that was best on ethanol, and others that were tried there."""
+    """Settings, the rate that was best on ethanol, others that were tried there, and the weight of self-replay."""
 
     config: PeftConfig
     lr: float
     others: tuple[float, ...] = ()
+    keep: float = 0.0
 
 
 ROWS = {
     "full": Row(PeftConfig("full"), 0.003, (0.001, 0.01)),
     "best": Row(PeftConfig("best"), 0.02, (0.01, 0.04)),
+    **{f"best, keep {weight:g}": Row(PeftConfig("best"), 0.02, keep=weight) for weight in (0.02, 0.05)},
     "elora": Row(PeftConfig("elora"), 0.03, (0.01,)),
     "scales": Row(PeftConfig("scales"), 0.02),
 }
-DECIDE = ("full", "best")  # with a second and a third seed
+DECIDE = ("full", "best", "best, keep 0.05")  # with a second and a third seed
 
 
 def cells() -> list[dict]:
@@ -99,15 +102,30 @@ def adapt(model: nn.Module, config: PeftConfig, training: list[AtomGraphData]) -
         start_along_gradients(model, differentiate)
 
 
-def train(model: nn.Module, training: list[AtomGraphData], lr: float, epochs: int) -> None:
+def kept(model: nn.Module) -> list[AtomGraphData]:
+    """Structures of all elements of the foundation, as ``--peft_keep auto`` makes them, with the model's labels."""
+    structures = made_of(model.type_map)
+    energies, forces = predict(model, [AtomGraphData.from_numpy_dict(unlabeled_atoms_to_graph(atoms, CUTOFF))
+                                       for atoms in structures])
+    ends = np.cumsum([len(atoms) for atoms in structures])[:-1]
+    for atoms, energy, force in zip(structures, energies, np.split(forces, ends), strict=True):
+        atoms.info["REF_energy"], atoms.arrays["REF_forces"] = energy, force
+    return graphs(structures)
+
+
+def train(model: nn.Module, training: list[AtomGraphData], lr: float, epochs: int, keep: float,
+          others: list[AtomGraphData]) -> None:
+    """keep: the weight of the loss of these others, of which each step takes a batch."""
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learnt, lr=lr, amsgrad=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     batches = DataLoader(training, batch_size=BATCH, shuffle=True)
+    beside = itertools.chain.from_iterable(itertools.repeat(DataLoader(others, batch_size=BATCH, shuffle=True)))
     for _ in range(epochs):
         for batch in batches:
             optimizer.zero_grad()
-            torch.autograd.backward(loss(model, batch), inputs=learnt)
+            whole = loss(model, batch) + (keep * loss(model, next(beside)) if keep else 0)
+            torch.autograd.backward(whole, inputs=learnt)
             torch.nn.utils.clip_grad_norm_(learnt, CLIP)
             optimizer.step()
         schedule.step()
@@ -140,9 +158,11 @@ def run(cell: dict, args) -> dict:
     model.set_is_batch_data(True)
     unmoved, start = predict(model, away)[1], predict(model, asked)[1]
     fit_E0s(model, training, learning)
-    adapt(model, ROWS[cell["row"]].config, learning)
+    row = ROWS[cell["row"]]
+    others = kept(model) if row.keep else learning
+    adapt(model, row.config, learning)
     began = time.process_time()
-    train(model, learning, cell["lr"], EPOCHS[cell["data"]])
+    train(model, learning, cell["lr"], EPOCHS[cell["data"]], row.keep, others)
     seconds = time.process_time() - began
     fit_E0s(model, training, learning)
     (energies, forces), (_, moved) = predict(model, asked), predict(model, away)

@@ -330,7 +330,7 @@ def test_the_recipe_refuses_before_it_trains(foundation, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("foundation", ["linear"], indirect=True)
-@pytest.mark.parametrize("row", ["full", "best"])
+@pytest.mark.parametrize("row", ["full", "best", "best, keep 0.05"])
 def test_a_cell_of_the_study_runs(foundation, tmp_path, monkeypatch, row):
     """Home is where the labels are 2 eV away, and abroad the foundation's own predictions are the labels."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
