@@ -24,10 +24,12 @@ from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, check_choice, did_you_mean, one_line, printable
 from mace_peft.files import REMEDY, write_complete
+from mace_peft.inspect import compare
 from mace_peft.inspect.gain_ranges import Guard
 from mace_peft.model.adapted import is_adapted, is_switched_off
 from mace_peft.model.inject import fold, settle_isolated_atoms
 from mace_peft.model.strength import check_strength
+from mace_peft.structures import check_structure
 
 
 class AdaptedCalculator(MACECalculator):
@@ -65,8 +67,8 @@ class AdaptedCalculator(MACECalculator):
         if new:
             raise PeftError(f"the structure has {symbols(new)}, and the adapter was trained for "
                             f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
-        if atoms is not None and not (is_finite(atoms.positions) and is_finite(atoms.cell.array)):
-            raise PeftError(f"{name_of(atoms)} has positions or a cell of NaN or infinity: correct the structure")
+        if atoms is not None:
+            check_structure(atoms.positions, atoms.cell.array, atoms.pbc, name_of(atoms))
         self.computed_by = self.adapters_now()
         for guard in self.guards:
             guard.begin()
@@ -97,11 +99,18 @@ def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.Path
     changed. adapter: the adapter directory. strength: 0 to 1, see ``load_adapter``. options: those of
     ``MACECalculator``, such as ``device`` and ``head``; ``default_dtype`` is that of the training unless given.
 
-    Raises PeftError where ``load_adapter`` does, and for a foundation that cannot be loaded. The calculator raises it
-    for a structure with elements that the adapter was not trained for, and for a prediction of NaN or infinity.
+    Raises PeftError where ``load_adapter`` does, and for a foundation, head, device or option that cannot be used. The
+    calculator raises it for a structure with elements that the adapter was not trained for, for one that is none, and
+    for a prediction of NaN or infinity.
     """
+    if options.get("compile_mode") is not None:
+        raise PeftError("compile_mode does not go with adapters: export the model, and compile it, if it merges")
+    compare.check_device(options.get("device", "cpu"))
     model = deployable(foundation, adapter, options.pop("default_dtype", None), strength)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    head, heads = options.get("head"), list(getattr(model, "heads", None) or ["Default"])
+    if head is not None or len(heads) > 1 and "default" not in map(str.lower, heads):  # which MACE takes
+        compare.choose_head("the model", model, head)
     return AdaptedCalculator(models=[model], default_dtype=dtype, adapter=adapter, **options)
 
 

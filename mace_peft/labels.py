@@ -17,6 +17,7 @@ from mace.tools import DefaultKeys
 
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
+from mace_peft.structures import check_apart, check_structure
 
 LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
 STATES = ("total_charge", "total_spin", "elec_temp")  # numbers of a structure on which predictions may depend
@@ -111,11 +112,18 @@ def check_states(structures: Sequence[ase.Atoms], key_specification: KeySpecific
 
 
 def energies_alone(structures: Sequence[ase.Atoms], key: str, file_path: str) -> dict[int, float]:
-    """The energies (eV) of isolated atoms, by atomic number. Raises PeftError for two of one element that differ."""
+    """The energies (eV) of isolated atoms, by atomic number.
+
+    Raises PeftError for one that is no finite number, and for two of one element that differ.
+    """
     energies: dict[int, float] = {}
     for atoms in structures:
         if is_alone(atoms) and key in atoms.info:
-            element, energy = int(atoms.numbers[0]), float(atoms.info[key])
+            element, value = int(atoms.numbers[0]), numbers(key, atoms.info[key], f"an isolated atom in {file_path}")
+            if value.size != 1 or not np.isfinite(value).all():
+                raise PeftError(f"{key} of the isolated atom {chemical_symbols[element]} in {file_path} is "
+                                f"{atoms.info[key]!r:.60}: give its energy in eV, or leave the atom out")
+            energy = value.item()
             if energies.setdefault(element, energy) != energy:
                 raise PeftError(f"{file_path} has isolated atoms of {chemical_symbols[element]} with the energies "
                                 f"{energies[element]} and {energy} eV: leave one")
@@ -158,13 +166,8 @@ def weigh(configuration: Configuration, where: str) -> None:
     those of whole labels; for weights that are none; and for a structure that is none.
     """
     atoms = len(configuration.atomic_numbers)
-    if not atoms:
-        raise PeftError(f"{where} has no atoms: leave it out")
-    if not (np.isfinite(configuration.positions).all() and np.isfinite(configuration.cell).all()):
-        raise PeftError(f"the positions or the cell of {where} hold NaN or infinity: correct them")
-    periodic = np.asarray(configuration.cell, dtype=float)[np.asarray(configuration.pbc, dtype=bool)]
-    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):  # numpy 1 has no rank of nothing
-        raise PeftError(f"{where} is periodic, and has no cell to be so: give its cell, or pbc=\"F F F\"")
+    for check in (check_structure, check_apart):
+        check(configuration.positions, configuration.cell, configuration.pbc, where)
     for name, value in configuration.properties.items():
         if name in STATES and value is not None and numbers(name, value, where).size != 1:
             raise PeftError(f"{name} of {where} is {value!r:.60}: give a number, or leave it out")

@@ -60,14 +60,43 @@ def test_a_prediction_that_is_no_number_names_the_adapter_and_the_structure(fold
     assert not atoms.calc.results
 
 
-@pytest.mark.parametrize("spoil", [lambda atoms: atoms.positions.__setitem__((0, 0), np.nan),
-                                   lambda atoms: atoms.set_cell(np.diag([np.inf] * 3))], ids=["positions", "cell"])
-def test_a_structure_that_is_no_numbers_is_named(folder, spoil):
+NONE = {
+    "positions": (lambda atoms: atoms.positions.__setitem__((0, 0), np.nan),
+                  r"the positions or the cell of CH4O \(6 atoms\) hold NaN or infinity"),
+    "cell": (lambda atoms: atoms.set_cell(np.diag([np.inf] * 3)), r"the positions or the cell of CH4O \(6 atoms\)"),
+    "no cell": (lambda atoms: atoms.set_pbc((True, False, False)), r"CH4O \(6 atoms\) is periodic, and has no cell"),
+    "no atoms": (lambda atoms: atoms.__delitem__(slice(None)), "has no atoms"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", NONE.values(), ids=NONE)
+def test_a_structure_that_is_none_is_named(folder, spoil, words):
     atoms = STRUCTURES[0].copy()
     atoms.calc = calculator(tiny_mace(), folder / "mine")
     spoil(atoms)
-    with pytest.raises(PeftError, match=r"CH4O \(6 atoms\) has positions or a cell of NaN or infinity"):
+    with pytest.raises(PeftError, match=words):
         atoms.get_potential_energy()
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"head": "Defualt"}, "'Defualt' is none of the model, which has Default, did you mean"),
+    ({"device": "nonsense"}, "nonsense cannot be used"),
+    ({"compile_mode": "default"}, "compile_mode does not go with")], ids=["head", "device", "compile"])
+def test_an_option_that_cannot_be_is_named(folder, options, words):
+    with pytest.raises(PeftError, match=words):
+        calculator(tiny_mace(), folder / "mine", **options)
+
+
+def test_one_of_several_heads_has_to_be_chosen(tmp_path):
+    model = randomise(inject(tiny_mace(heads=("pbe", "other")), PeftConfig("scales")))
+    save_adapter(model, tmp_path / "mine")
+    foundation = tiny_mace(heads=("pbe", "other"))
+    with pytest.raises(PeftError, match="has the heads pbe, other: choose one"):
+        calculator(foundation, tmp_path / "mine")
+    atoms = STRUCTURES[0].copy()
+    atoms.calc = calculator(foundation, tmp_path / "mine", head="other")
+    atoms.info["head"] = "other"
+    assert atoms.get_potential_energy() == pytest.approx(predict(model, [atoms])[0].item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("number, name", [(92, "U"), (150, "150")])

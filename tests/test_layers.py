@@ -14,7 +14,7 @@ PACKAGE = Path(mace_peft.__file__).parent
 # from the ground up; what shares a line imports nothing of that line
 LAYERS = [
     ("errors", "e3nn", "elements", "patching", "quiet", "restore", "startup"),
-    ("files", "methods"),
+    ("files", "methods", "structures"),
     ("config", "labels"),
     ("blocks",),
     ("backbones",),

@@ -35,6 +35,14 @@ def test_what_ASE_has_nothing_of_stops():
         made_of({2})
 
 
+def test_elements_that_nothing_made_has_are_named(caplog):
+    made_of({1, 6, 8, 35})
+    assert "None of the structures that are made to be kept has Br: give a file" in caplog.text
+    caplog.clear()
+    made_of({1, 6, 8})
+    assert not caplog.text
+
+
 # --- molecules that are joined ----------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from mace_peft import (
 from mace_peft.blocks.adapted import adapted_blocks
 from mace_peft.inspect.figures import plot
 from mace_peft.inspect.info import info
+from mace_peft.model.isolated import E0S as OF_ATOMS
 from mace_peft.model.ranks import start_along_gradients
 from mace_peft.model.targets import find_targets
 from mace_peft.train.options import read_settings
@@ -264,6 +265,18 @@ def test_what_does_not_fit_together_is_refused():
     assert "targets products differs from the all" in fails(settings_from, other, {"targets": "products"}, "the file")
     assert "no target" in fails(inject, tiny_mace(interactions=1), other)
     assert "leaves no ranks to choose" in fails(choose_ranks, tiny_mace(), PeftConfig("elora"), differentiate)
+
+
+@pytest.mark.parametrize("structures", ["data.xyz", configurations(1)[0], ["data.xyz"]], ids=["file", "one", "files"])
+def test_structures_that_are_no_list_of_them_are_refused(structures):
+    message = fails(choose_ranks, tiny_mace(), PeftConfig("elora", rank="auto"), structures)
+    assert message.startswith("the structures are no list of ase.Atoms: give one")
+
+
+def test_what_trains_along_may_change_and_fitted_E0s_go_on():
+    adapter = PeftConfig("elora", train_also=f"products.*,{OF_ATOMS}")
+    assert settings_from(adapter, {"train_also": "readouts.*"}, "the file").train_also == f"readouts.*,{OF_ATOMS}"
+    assert settings_from(PeftConfig("elora"), {"train_also": "readouts.*"}, "the file").train_also == "readouts.*"
 
 
 def test_structures_from_which_nothing_can_be_learnt_are_refused():

@@ -142,9 +142,11 @@ def test_processes_share_a_batch(double_precision, monkeypatch):
 
 def test_predictions_that_are_not_finite_stop(double_precision):
     model = inject(tiny_mace(interactions=1), PeftConfig("scales"))
-    together = Atoms("H2", [[0, 0, 0], [0, 0, 1e-200]])
-    with pytest.raises(PeftError, match="predicts NaN or infinity for structure 2 of others.xyz"):
-        replay(model, [*others()[:2], together])
+    hydrogen = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]])
+    with torch.no_grad():
+        model.node_embedding.linear.weight[:len(model.node_embedding.linear.weight) // 3] = torch.nan  # of H, the first
+    with pytest.raises(PeftError, match="predicts NaN or infinity for structure 0 of others.xyz"):
+        replay(model, [hydrogen, *others()[:2]])
 
 
 # --- structures of a file ---------------------------------------------------------------------------------------------
@@ -274,10 +276,18 @@ def test_a_mistake_is_one_line_before_the_training(inputs, tmp_path, capsys, mon
     assert re.search(words, said), said
 
 
-@pytest.mark.parametrize("earlier, later", [({"peft_keep": "auto"}, {}), ({}, {"peft_keep": "auto"})])
-def test_a_restart_with_or_without_what_was_kept_stops(inputs, tmp_path, capsys, uncompiled, earlier, later):
+AUTO = {"peft_keep": "auto"}
+CHANGED = {
+    "no more": (AUTO, {}, "was made with --peft_keep auto, with which a restart goes on, and this run has none"),
+    "new": ({}, AUTO, "was made without --peft_keep, with which a restart goes on, and this run asks for auto"),
+    "weight": (AUTO, AUTO | {"peft_keep_weight": 1}, "with --peft_keep_weight 0.02, .* this run asks for 1.0"),
+}
+
+
+@pytest.mark.parametrize("earlier, later, words", CHANGED.values(), ids=CHANGED)
+def test_a_restart_that_would_keep_otherwise_stops(inputs, tmp_path, capsys, uncompiled, earlier, later, words):
     train_here(inputs, **PEFT | {"max_num_epochs": 1}, **earlier, work_dir=tmp_path)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         train_here(inputs, "--restart_latest", **PEFT | {"max_num_epochs": 2}, **later, work_dir=tmp_path)
-    assert f"were made {'with' if earlier else 'without'} --peft_keep: restart with" in capsys.readouterr().err
+    assert re.search(words, capsys.readouterr().err)

@@ -284,7 +284,7 @@ def test_the_card_is_that_of_the_adapter(model, tmp_path):
 
 def test_a_file_in_the_place_of_the_directory_survives(model, tmp_path):
     (tmp_path / "adapter").write_text("something else")
-    with pytest.raises(OSError):
+    with pytest.raises(PeftError, match="adapter is a file, and an adapter is a directory"):
         save_adapter(model, tmp_path / "adapter")
     assert names_in(tmp_path) == {"adapter"} and (tmp_path / "adapter").read_text() == "something else"
 

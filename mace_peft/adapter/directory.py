@@ -67,6 +67,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
                       "with no other: save them too, or train them by train_also", stacklevel=2)
     trained = {name: model.peft_full.get(name, parameter).detach().to(parameter.dtype).cpu().contiguous()
                for name, parameter in trainable_parameters(model).items()}
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise PeftError(f"{directory} is a file, and an adapter is a directory: give another path")
     return write(Path(directory), describe(model), finite(trained, "the model"))
 
 

@@ -72,6 +72,8 @@ def choose_method(given: Given, model: nn.Module) -> Candidate:
     before = choice_before(args, start.tried)
     if before is not None:
         return before
+    if args.peft_keep is not None:
+        logging.info(f"--peft {AUTO} tries methods without --peft_keep {args.peft_keep}, which the run then has")
     table = candidates(those_that_fit(start.tried, model), None if isinstance(args.lr, NotGiven) else args.lr)
     steps = args.max_num_epochs * len(given.train_loader)
     with torch.random.fork_rng(devices=[]):  # loaders draw numbers, too

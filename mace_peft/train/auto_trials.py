@@ -2,8 +2,8 @@
 
 They are halved again and again (successive halving): all candidates train for some steps, those with the higher losses
 on the validation set are dropped, and the others train on, until one is left. Each round takes as many steps in all.
-Every trial begins as the run with its options would: the same start, batches and optimizer, without schedule and moving
-average.
+Every trial begins as the run with its options would: the same start, batches and optimizer, without schedule, moving
+average and kept structures.
 """
 
 import argparse

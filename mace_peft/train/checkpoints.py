@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from mace.tools import CheckpointHandler, CheckpointState
@@ -25,6 +26,7 @@ CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins
 # options whose effect comes back with the state of optimizer, scheduler and moving average
 RESUMED = ("lr", "lr_params_factors", "weight_decay", "amsgrad", "beta", "beta1_schedulefree", "beta2_schedulefree",
            "lr_factor", "scheduler_patience", "lr_scheduler_gamma", "ema_decay")
+KEPT = ("peft_keep", "peft_keep_weight")  # which the result says of the whole run
 REMEDY = "restart with the options it was made with, or give this run another --name"
 
 
@@ -40,7 +42,9 @@ class AdapterCheckpointHandler(CheckpointHandler):
         self.io = CompleteCheckpointIO(*args, **kwargs)
         self.config = config
         self.foundation = foundation
-        self.options = {name: getattr(options, name, None) for name in RESUMED}  # releases differ in them
+        self.options = {name: getattr(options, name, None) for name in (*RESUMED, *KEPT)}  # releases differ in them
+        if self.options["peft_keep"] is not None:  # the folder may be given in another way
+            self.options["peft_keep"] = Path(self.options["peft_keep"]).name
         self.keep = self.io.keep or options.save_all_checkpoints
         self.progress: Progress | None = None
         self.stage_two = False
@@ -85,8 +89,10 @@ class AdapterCheckpointHandler(CheckpointHandler):
                             f"{' and '.join(kinds(state))}: {REMEDY}")
         changed = [name for name, value in self.options.items() if resume["options"][name] != value]
         if changed:
-            raise PeftError(f"the checkpoint {path} was made with --{changed[0]} {resume['options'][changed[0]]}, with "
-                            f"which a restart goes on, and this run asks for {self.options[changed[0]]}: {REMEDY}")
+            before, now = resume["options"][changed[0]], self.options[changed[0]]
+            made = f"without --{changed[0]}" if before is None else f"with --{changed[0]} {before}"
+            raise PeftError(f"the checkpoint {path} was made {made}, with which a restart goes on, and this run "
+                            f"{'has none' if now is None else f'asks for {now}'}: {REMEDY}")
         try:
             state.model.load_state_dict({**state.model.state_dict(), **resume["weights"]})
             state.optimizer.load_state_dict(checkpoint["optimizer"])

@@ -16,9 +16,8 @@ import torch
 from mace.tools import CheckpointState
 
 from mace_peft.adapter.description import versions
-from mace_peft.errors import PeftError
 from mace_peft.model.adapted import trainable_parameters
-from mace_peft.train.checkpoints import REMEDY, AdapterCheckpointHandler, copies, holding
+from mace_peft.train.checkpoints import AdapterCheckpointHandler, copies, holding
 from mace_peft.train.progress import Progress, Stage
 from mace_peft.train.stage_two import forget, warm_up
 from mace_peft.train.timing import timed
@@ -51,9 +50,6 @@ def train(checkpoints: AdapterCheckpointHandler, restart: bool, **arguments) -> 
         start = copies(trainable_parameters(run.model))
         progress = Progress(start, [Stage(loss)], loss=loss, kept=None if run.self_replay is None else 0)
     checkpoints.progress = progress
-    if (progress.kept is None) != (run.self_replay is None):
-        raise PeftError(f"the checkpoints in {checkpoints.io.directory} were made "
-                        f"{'without' if progress.kept is None else 'with'} --peft_keep: {REMEDY}")
     if resumed:
         measure_again(run, checkpoints, loss)
         progress.stopped = progress.stopped and progress.waited >= run.patience

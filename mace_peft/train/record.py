@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import logging
 import math
 import types
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mace_peft.train.start import Start
 OPTIONS = ("lr", "swa", "start_swa", "swa_lr", "batch_size", "max_num_epochs", "optimizer", "lbfgs",
            "weight_decay", "clip_grad", "scheduler", "lr_scheduler_gamma", "lr_factor", "scheduler_patience", "ema",
            "ema_decay", "seed", "error_table")
+NAMES = "mae_", "rmse_"  # of errors
 IF_GIVEN = ("patience", "config_type_weights", "weight_pt_head", "peft_keep", "peft_keep_weight")
 
 
@@ -59,6 +61,9 @@ class Record:
         name = self.name_of(data_loader)
         loss, errors = measure()
         self.sizes[name], self.of_result[self.checkpoints.stage_two][name] = len(data_loader.dataset), plain(errors)
+        if not plain(errors).keys() >= {key for key in errors if key.startswith(NAMES)}:
+            logging.warning(f"Errors on the set {name} are NaN or infinite, and the table and the adapter leave them "
+                            "out: the model is far off for some of its structures")
         if name not in self.of_start:
             with holding(self.trained.model, self.progress.weights):
                 self.of_start[name] = plain(measure()[1])
@@ -122,4 +127,4 @@ def names_of(files: str | list[str] | None) -> list[str]:
 def plain(errors: dict) -> dict[str, float]:
     """Mean absolute and root mean square errors by MACE's names, in eV and A."""
     return {name: float(value) for name, value in errors.items()
-            if name.startswith(("mae_", "rmse_")) and math.isfinite(value)}
+            if name.startswith(NAMES) and math.isfinite(value)}

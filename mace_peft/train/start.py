@@ -146,6 +146,8 @@ def settings_from(adapter: PeftConfig, given: dict, source: str) -> PeftConfig:
     if adapter.rank_pattern is not None and given.get("targets", adapter.targets) != adapter.targets:
         raise PeftError(f"<targets> {given['targets']} differs from the {adapter.targets} that the ranks of the "
                         f"adapter in {source} were chosen for: leave it out, or start from the foundation")
+    if E0S in split_patterns(adapter.train_also) and "train_also" in given:  # which its run has added by itself
+        given = {**given, "train_also": ",".join(dict.fromkeys((*split_patterns(given["train_also"]), E0S)))}
     return dataclasses.replace(adapter, **given)
 
 

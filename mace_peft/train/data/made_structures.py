@@ -2,6 +2,7 @@
 larger ones that are joined from them, and crystals of common prototypes, all displaced and strained at random."""
 
 import itertools
+import logging
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ ATOMS_OF_CELL = {"fcc": 4, "bcc": 2, "sc": 1}
 def made_of(elements: Collection[int], count: int = COUNT) -> list[Atoms]:
     """So many molecules and crystals of these elements (atomic numbers), always the same ones.
 
-    Raises PeftError if ASE has no molecule and no crystal of them.
+    The log names elements that none of them has. Raises PeftError if ASE has no molecule and no crystal of them.
     """
     random, known = np.random.default_rng(SEED), {chemical_symbols[number] for number in elements}
     small, prototypes = molecules(known), crystals(known)
@@ -47,6 +48,10 @@ def made_of(elements: Collection[int], count: int = COUNT) -> list[Atoms]:
         atoms = makers[random.choice(len(makers), p=shares / shares.sum())]()
         if atoms is not None:
             made.append(changed(atoms, random))
+    missing = set(elements).difference(*(atoms.numbers.tolist() for atoms in made))
+    if missing:
+        logging.warning(f"None of the structures that are made to be kept has {symbols(missing)}: give a file of "
+                        "structures that have, in the place of auto")
     return made
 
 

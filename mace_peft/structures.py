@@ -1,0 +1,30 @@
+"""Whether a structure is one: what no model can predict is refused."""
+
+import numpy as np
+from ase.geometry import complete_cell
+from scipy.spatial import KDTree
+
+from mace_peft.errors import PeftError
+
+ONE_PLACE = 1e-9  # A, or in parts of a cell: as near as rounding brings atoms that were meant to be at one place
+
+
+def check_structure(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str) -> None:
+    """Raise PeftError without atoms, for NaN or infinity (A), and for directions that are periodic without a cell."""
+    if not len(positions):
+        raise PeftError(f"{where} has no atoms: leave it out")
+    if not (np.isfinite(positions).all() and np.isfinite(cell).all()):
+        raise PeftError(f"the positions or the cell of {where} hold NaN or infinity: correct them")
+    periodic = np.asarray(cell, dtype=float)[np.asarray(pbc, dtype=bool)]
+    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):  # numpy 1 has no rank of nothing
+        raise PeftError(f"{where} is periodic, and has no cell to be so: give its cell, or pbc=\"F F F\"")
+
+
+def check_apart(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str) -> None:
+    """Raise PeftError where two atoms are upon one another, or upon images of one another: forces are NaN there."""
+    pbc = np.asarray(pbc, dtype=bool)
+    scaled = positions @ np.linalg.inv(complete_cell(np.asarray(cell, dtype=float) * pbc[:, None]))
+    scaled[:, pbc] = scaled[:, pbc] % 1 % 1  # a remainder just below 0 is 1 after the first
+    for first, second in sorted(KDTree(scaled, boxsize=pbc.astype(float)).query_pairs(ONE_PLACE)):
+        raise PeftError(f"the atoms {first} and {second} of {where} are at one place: correct the structure, or leave "
+                        "it out")

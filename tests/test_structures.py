@@ -1,0 +1,40 @@
+"""Structures that are none are refused, before anything is computed."""
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from mace_peft import PeftError
+from mace_peft.labels import energies_alone, from_atoms, label_keys
+
+SKEW = [[4.0, 0.0, 0.0], [1.5, 3.5, 0.0], [0.5, 1.0, 3.0]]
+TOGETHER = {
+    "molecule": Atoms("OH2", [[0, 0, 0], [0, 0, 1], [0, 0, 1]]),
+    "across a face": Atoms("Cu2", scaled_positions=[[0, 0.2, 0.3], [1 - 1e-17, 0.2, 0.3]], cell=SKEW, pbc=True),
+    "images far away": Atoms("Cu2", [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3] + [3, -2, 5] @ np.array(SKEW)], cell=SKEW, pbc=True),
+    "slab": Atoms("Cu2", [[0, 0, 50.0], [8.0, 0, 50.0]], cell=SKEW, pbc=(True, False, False)),
+}
+APART = {
+    "atom": Atoms("H"), "none": Atoms("H2", [[0, 0, 0], [0, 0, 0.1]]), "crystal": bulk("Cu"),
+    "slab": Atoms("Cu2", [[0, 0, 0], SKEW[2]], cell=SKEW, pbc=(True, True, False)),
+    "cell that does not count": Atoms("H2", [[0, 0, 0], [1, 0, 0]], cell=np.eye(3)),
+}
+
+
+@pytest.mark.parametrize("atoms", TOGETHER.values(), ids=TOGETHER)
+def test_atoms_at_one_place_are_named(atoms):
+    with pytest.raises(PeftError, match=r"the atoms \d and \d of structure 0 of it are at one place"):
+        from_atoms([atoms], label_keys(), "it")
+
+
+@pytest.mark.parametrize("atoms", APART.values(), ids=APART)
+def test_others_are_taken(atoms):
+    from_atoms([atoms], label_keys(), "it")
+
+
+@pytest.mark.parametrize("energy", ["much", np.nan, [1.0, 2.0]], ids=str)
+def test_an_energy_of_an_isolated_atom_that_is_none_is_named(energy):
+    atom = Atoms("H", info={"REF_energy": energy, "config_type": "IsolatedAtom"})
+    with pytest.raises(PeftError, match="REF_energy of .* isolated atom .*: give "):
+        energies_alone([atom], "REF_energy", "data.xyz")
