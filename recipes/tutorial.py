@@ -95,9 +95,9 @@ def draw(labels: np.ndarray, predicted: dict[str, np.ndarray], energies: np.ndar
     course.set(xlabel="time (ps)", ylabel="energy (eV)", title="dynamics without thermostat")
     course.legend(fontsize=8)
     for height, (name, values) in enumerate(spectra.items()):
-        sticks.vlines(values, height, height + 0.8, color=colors[name], label=name)
-    sticks.set(xlabel="wavenumber (1/cm)", yticks=[], title="harmonic vibrations")
-    sticks.legend(fontsize=8)
+        sticks.vlines(values, height, height + 0.8, color=colors[name])
+    sticks.set(xlabel="wavenumber (1/cm)", title="harmonic vibrations")
+    sticks.set_yticks([0.4, 1.4], labels=list(spectra), rotation="vertical", va="center")
     return figure
 
 

@@ -12,7 +12,8 @@ SKEW = [[4.0, 0.0, 0.0], [1.5, 3.5, 0.0], [0.5, 1.0, 3.0]]
 TOGETHER = {
     "molecule": Atoms("OH2", [[0, 0, 0], [0, 0, 1], [0, 0, 1]]),
     "across a face": Atoms("Cu2", scaled_positions=[[0, 0.2, 0.3], [1 - 1e-17, 0.2, 0.3]], cell=SKEW, pbc=True),
-    "images far away": Atoms("Cu2", [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3] + [3, -2, 5] @ np.array(SKEW)], cell=SKEW, pbc=True),
+    "images far away": Atoms("Cu2", [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3] + [3, -2, 5] @ np.array(SKEW)], cell=SKEW,
+                             pbc=True),
     "slab": Atoms("Cu2", [[0, 0, 50.0], [8.0, 0, 50.0]], cell=SKEW, pbc=(True, False, False)),
 }
 APART = {
