@@ -61,7 +61,7 @@ ROWS = {
     "full": Row(PeftConfig("full"), 0.0025, 0.005, (0.00125, 0.01)),
     "MACE's --lora": Row(None, 0.16, 0.16, (0.02, 0.08, 0.32)),
     "best": Row(PeftConfig("best"), 0.02, 0.02, (0.04, 0.08)),
-    **{f"best, keep {weight:g}": Row(PeftConfig("best"), 0.02, 0.02, keep=weight) for weight in (0.02, 0.05)},
+    **{f"best, keep {weight:g}": Row(PeftConfig("best"), 0.02, 0.02, keep=weight) for weight in (0.01, 0.02, 0.05)},
     "best, start published": Row(PeftConfig("best", start="published"), 0.005, 0.005, (0.01,)),
     "best, start fan-in": Row(PeftConfig("best", start="fan-in"), 0.02, 0.02),
     "best at 5 %": Row(PeftConfig("best", budget="5%"), 0.02, 0.04),
@@ -75,7 +75,7 @@ ROWS = {
 }
 LONG = {"full": {"near": (0.0025,), "far": (0.0025, 0.005)}, "best": {"near": (0.02,), "far": (0.01, 0.02)}}
 EPOCHS = 60, 200  # of longer runs
-DECIDE = ("full", "MACE's --lora", "best", "best, keep 0.02")  # with a second and a third seed
+DECIDE = ("full", "MACE's --lora", "best", "best, keep 0.01")  # with a second and a third seed
 
 
 def cells() -> list[dict]:

@@ -236,7 +236,7 @@ def test_what_is_said_of_an_epoch_is_what_its_adapter_does(runs, inputs):
 def test_a_run_keeps_what_is_made_of_its_elements(inputs, tmp_path, uncompiled):
     run = Run(tmp_path)
     train_here(inputs, **PEFT | {"max_num_epochs": 1}, peft_keep="auto", work_dir=tmp_path)
-    assert "kept for 180 structures of --peft_keep auto, 4 in each step, with the weight 0.02; 20 more" in run.log
+    assert "kept for 180 structures of --peft_keep auto, 4 in each step, with the weight 0.01; 20 more" in run.log
     assert len(moved(run)) == 1
 
 
@@ -280,7 +280,7 @@ AUTO = {"peft_keep": "auto"}
 CHANGED = {
     "no more": (AUTO, {}, "was made with --peft_keep auto, with which a restart goes on, and this run has none"),
     "new": ({}, AUTO, "was made without --peft_keep, with which a restart goes on, and this run asks for auto"),
-    "weight": (AUTO, AUTO | {"peft_keep_weight": 1}, "with --peft_keep_weight 0.02, .* this run asks for 1.0"),
+    "weight": (AUTO, AUTO | {"peft_keep_weight": 1}, "with --peft_keep_weight 0.01, .* this run asks for 1.0"),
 }
 
 

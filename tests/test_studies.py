@@ -72,7 +72,7 @@ def test_the_summary_compares_with_full_fine_tuning_target_by_target(benchmark):
 
 
 @pytest.mark.since("0.3.15")
-@pytest.mark.parametrize("row", ["full", "best, keep 0.02", "MACE's --lora"])
+@pytest.mark.parametrize("row", ["full", "best, keep 0.01", "MACE's --lora"])
 def test_a_cell_runs_and_is_reported(benchmark, tmp_path, monkeypatch, row):
     gates, kinds, report = (benchmark(name) for name in ("gates", "kinds", "kinds_report"))
     monkeypatch.setattr(gates, "EPOCHS", 1)

@@ -32,7 +32,7 @@ OPTIONS = {
     "peft_adapter": "start from the adapter of this directory; its settings are the defaults of the options above",
     "peft_keep": "keep what the foundation predicts for other structures, some of which each step takes: an extended "
                  "XYZ file, whose labels are not read, or auto: molecules and crystals of the run's elements",
-    "peft_keep_weight": "weight of their loss, beside 1 for the training set (default: 0.02)",
+    "peft_keep_weight": "weight of their loss, beside 1 for the training set (default: 0.01)",
     "peft_fast": "False: the arithmetic of MACE itself, which gives the same numbers in more time (default: True)",
 }
 # options of MACE that cannot go with --peft, and why
@@ -42,7 +42,7 @@ CONFLICTS = {
     "les_arguments": "LES keeps the settings of the foundation: leave it out",
     "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
-KEEP_WEIGHT = 0.02  # costs nothing at home in benchmarks/kinds.py; 0.05 keeps more and costs 3 %
+KEEP_WEIGHT = 0.01  # costs hardly anything at home in benchmarks/kinds.py; 0.05 keeps more and costs 3 to 10 %
 OF_TRAINING = ("peft_keep", "peft_keep_weight")  # they shape no adapters, and the training takes them from args
 # --model values that take the foundation's blocks over: class of the model that MACE makes then
 MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
