@@ -1,7 +1,9 @@
 """A loss that is not finite stops a run with ``--peft``, one line says which, and the last good checkpoint stays."""
 
 import functools
+import math
 import re
+import types
 
 import ase.io
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from mace.cli import run_train
 from runs import Run, fork, train_here, write_inputs
 from tiny import tiny_mace
+
+from mace_peft.train.record import Record
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -191,3 +195,13 @@ def test_without_peft_the_losses_are_those_of_mace(inputs):
     assert len(losses(run, "opt")) == 4 and np.isnan(losses(run, "opt")[-1])
     assert np.isnan(losses(run, "eval")[-1]) and list(run.checkpoints()) == [1]
     assert any(tensor.isnan().any() for tensor in run.checkpoint()["model"].values())
+
+
+def test_errors_that_the_table_leaves_out_are_said(caplog):
+    """As those of a test set with a structure from which the model is far off."""
+    record = Record(None, None, [], types.SimpleNamespace(stage_two=False), None)
+    record.name_of, record.of_start["test"] = lambda loader: "test", {}
+    loader, errors = types.SimpleNamespace(dataset=[1, 2]), {"loss": math.nan, "mae_e": 0.1, "mae_f": math.nan}
+    record.evaluate(lambda *_, **__: (math.nan, errors), None, data_loader=loader, output_args={"stress": True})
+    assert "Errors on the set test are NaN or infinite" in caplog.text
+    assert record.of_result[False]["test"] == {"mae_e": 0.1}
