@@ -1,4 +1,4 @@
-"""Whether a structure is one: what no model can predict is refused."""
+"""Structures for which no model has a prediction are refused."""
 
 import numpy as np
 from ase.geometry import complete_cell
@@ -6,7 +6,7 @@ from scipy.spatial import KDTree
 
 from mace_peft.errors import PeftError
 
-ONE_PLACE = 1e-9  # A, or in parts of a cell: as near as rounding brings atoms that were meant to be at one place
+ONE_PLACE = 1e-6  # A, or parts of a cell: as near as the decimals of a file bring atoms that are meant to be at one
 
 
 def check_structure(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Structures that are none are refused, before anything is computed."""
+"""Structures for which no model has a prediction are refused, before anything is computed."""
 
 import numpy as np
 import pytest
