@@ -42,7 +42,7 @@ CONFLICTS = {
     "les_arguments": "LES keeps the settings of the foundation: leave it out",
     "enable_oeq": "adapters have not been tried on OpenEquivariance's layers: leave it out, or use --enable_cueq True",
 }
-KEEP_WEIGHT = 0.01  # costs hardly anything at home in benchmarks/kinds.py; 0.05 keeps more and costs 3 %, or more
+KEEP_WEIGHT = 0.01  # costs 0 to 3 % at home in benchmarks/kinds.py; 0.05 keeps more and costs 3 % and more
 OF_TRAINING = ("peft_keep", "peft_keep_weight")  # they shape no adapters, and the training takes them from args
 # --model values that take the foundation's blocks over: class of the model that MACE makes then
 MODELS = {"MACE": "ScaleShiftMACE", "ScaleShiftMACE": "ScaleShiftMACE", "MACELES": "MACELES", "PolarMACE": "PolarMACE"}
