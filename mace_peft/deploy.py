@@ -103,11 +103,12 @@ def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.Path
     calculator raises it for a structure with elements that the adapter was not trained for, for one that is none, and
     for a prediction of NaN or infinity.
     """
-    if options.get("compile_mode") is not None:
-        raise PeftError("compile_mode does not go with adapters: export the model, and compile it, if it merges")
     compare.check_device(options.get("device", "cpu"))
     model = deployable(foundation, adapter, options.pop("default_dtype", None), strength)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if options.get("compile_mode") is not None and is_adapted(model):
+        raise PeftError(f"compile_mode {options['compile_mode']} does not go with gates, which PyTorch's compiler does "
+                        "not know: leave it out")
     head, heads = options.get("head"), list(getattr(model, "heads", None) or ["Default"])
     if head is not None or len(heads) > 1 and "default" not in map(str.lower, heads):  # which MACE takes
         compare.choose_head("the model", model, head)

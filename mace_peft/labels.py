@@ -207,7 +207,7 @@ def shapes(name: str, atoms: int) -> list[tuple[int, ...]]:
 
 
 def count(configurations: Iterable[Configuration], weighed: bool = True) -> Counter[str]:
-    """How many of the configurations have each label, those that none has too. weighed: not counting weights of 0."""
+    """How many of the configurations have each label, 0 where none has. weighed: labels of weight 0 do not count."""
     counts = Counter(dict.fromkeys(LABELS, 0))
     for configuration in configurations:
         for name in LABELS:

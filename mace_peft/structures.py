@@ -10,7 +10,7 @@ ONE_PLACE = 1e-6  # A, or parts of a cell: as near as the decimals of a file bri
 
 
 def check_structure(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str) -> None:
-    """Raise PeftError without atoms, for NaN or infinity (A), and for directions that are periodic without a cell."""
+    """Raise PeftError for a structure without atoms, with NaN or infinity (A), or that is periodic without a cell."""
     if not len(positions):
         raise PeftError(f"{where} has no atoms: leave it out")
     if not (np.isfinite(positions).all() and np.isfinite(cell).all()):

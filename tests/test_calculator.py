@@ -81,7 +81,7 @@ def test_a_structure_that_is_none_is_named(folder, spoil, words):
 @pytest.mark.parametrize("options, words", [
     ({"head": "Defualt"}, "'Defualt' is none of the model, which has Default, did you mean"),
     ({"device": "nonsense"}, "nonsense cannot be used"),
-    ({"compile_mode": "default"}, "compile_mode does not go with")], ids=["head", "device", "compile"])
+    ({"compile_mode": "default"}, "compile_mode default does not go with gates")], ids=["head", "device", "compile"])
 def test_an_option_that_cannot_be_is_named(folder, options, words):
     with pytest.raises(PeftError, match=words):
         calculator(tiny_mace(), folder / "mine", **options)

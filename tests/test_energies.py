@@ -19,6 +19,7 @@ from runs import train_here, write_inputs
 from tiny import ELEMENTS, predict, tiny_mace
 
 from mace_peft import PeftError
+from mace_peft.labels import energies_alone
 from mace_peft.train.data.e0s import asked_E0s
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -150,6 +151,13 @@ def test_energies_of_isolated_atoms_under_a_key_of_ase(folder):
     held = reached(folder, E0s="IsolatedAtom", train_file=folder / "ase.xyz", valid_fraction=0.2, valid_file=None,
                    energy_key="energy", forces_key="forces")
     assert held == {z: ALONE[z] for z in ELEMENTS}
+
+
+@pytest.mark.parametrize("energy", ["much", np.nan, [1.0, 2.0]], ids=str)
+def test_an_energy_of_an_isolated_atom_that_is_none_is_named(energy):
+    atom = Atoms("H", info={"REF_energy": energy, "config_type": "IsolatedAtom"})
+    with pytest.raises(PeftError, match="REF_energy of .* isolated atom .*: give "):
+        energies_alone([atom], "REF_energy", "data.xyz")
 
 
 @pytest.mark.parametrize("E0s", ["average", pytest.param("estimated", marks=pytest.mark.since("0.3.15"))])

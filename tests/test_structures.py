@@ -6,7 +6,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from mace_peft import PeftError
-from mace_peft.labels import energies_alone, from_atoms, label_keys
+from mace_peft.labels import from_atoms, label_keys
 
 SKEW = [[4.0, 0.0, 0.0], [1.5, 3.5, 0.0], [0.5, 1.0, 3.0]]
 TOGETHER = {
@@ -17,7 +17,7 @@ TOGETHER = {
     "slab": Atoms("Cu2", [[0, 0, 50.0], [8.0, 0, 50.0]], cell=SKEW, pbc=(True, False, False)),
 }
 APART = {
-    "atom": Atoms("H"), "none": Atoms("H2", [[0, 0, 0], [0, 0, 0.1]]), "crystal": bulk("Cu"),
+    "atom": Atoms("H"), "near": Atoms("H2", [[0, 0, 0], [0, 0, 0.1]]), "crystal": bulk("Cu"),
     "slab": Atoms("Cu2", [[0, 0, 0], SKEW[2]], cell=SKEW, pbc=(True, True, False)),
     "cell that does not count": Atoms("H2", [[0, 0, 0], [1, 0, 0]], cell=np.eye(3)),
 }
@@ -32,10 +32,3 @@ def test_atoms_at_one_place_are_named(atoms):
 @pytest.mark.parametrize("atoms", APART.values(), ids=APART)
 def test_others_are_taken(atoms):
     from_atoms([atoms], label_keys(), "it")
-
-
-@pytest.mark.parametrize("energy", ["much", np.nan, [1.0, 2.0]], ids=str)
-def test_an_energy_of_an_isolated_atom_that_is_none_is_named(energy):
-    atom = Atoms("H", info={"REF_energy": energy, "config_type": "IsolatedAtom"})
-    with pytest.raises(PeftError, match="REF_energy of .* isolated atom .*: give "):
-        energies_alone([atom], "REF_energy", "data.xyz")

@@ -1,4 +1,4 @@
-"""Trains the two quickstart recipes, measures what their adapters have learnt, and draws it, the tutorial's figure too.
+"""Trains the two quickstart recipes, and draws what their adapters have learnt, and the figure of the tutorial.
 
     python docs/figures/quickstart.py          trains (minutes), writes quickstart.json and the figures
     python docs/figures/quickstart.py --draw   draws the figures again from quickstart.json

@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
     Warns if the base is no longer the one that the adapters were put into. Raises PeftError, and writes nothing, if the
     model has no adapters, for what ``load_adapter`` would refuse, such as weights of NaN, and where updates are folded
-    at another strength than 1; OSError if the directory cannot be written.
+    at another strength than 1, and for a path that is a file; OSError if the directory cannot be written.
     """
     check_adapted(model)
     if model.peft_folded and model.peft_strength != 1:

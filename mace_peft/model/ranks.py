@@ -141,7 +141,7 @@ def learn_forces(model: nn.Module, structures: Sequence[Atoms], key: str | None)
     from mace_peft.labels import from_atoms, keys_of, label_keys
 
     structures = [structures] if isinstance(structures, str) else list(structures)
-    if not all(isinstance(atoms, Atoms) for atoms in structures):  # those of one structure are atoms as well
+    if not all(isinstance(atoms, Atoms) for atoms in structures):  # one structure gives its single atoms
         raise PeftError("the structures are no list of ase.Atoms: give one, as ase.io.read(file, ':') does")
     check_elements({number for atoms in structures for number in atoms.numbers.tolist()},
                    model.atomic_numbers.tolist(), "the model")

@@ -238,7 +238,7 @@ class FineTune:
         return self.results.save(plain, stage_two)
 
     def deepcopy(self, value):
-        """A copy; of the trained model, whose stage MACE has loaded, what Results has saved: MACE saves that again."""
+        """A copy; once the training is done, of its model, what was saved of the stage that MACE has loaded."""
         if value is not self.model or not self.results.saved:
             return copy.deepcopy(value)
         return self.result() if value is self.plain else value  # run_cueq_to_e3nn comes next

@@ -21,7 +21,7 @@ from mace_peft.train.start import Start
 OPTIONS = ("lr", "swa", "start_swa", "swa_lr", "batch_size", "max_num_epochs", "optimizer", "lbfgs",
            "weight_decay", "clip_grad", "scheduler", "lr_scheduler_gamma", "lr_factor", "scheduler_patience", "ema",
            "ema_decay", "seed", "error_table")
-NAMES = "mae_", "rmse_"  # of errors
+LISTED = "mae_", "rmse_"  # beginnings of the names of errors that are kept
 IF_GIVEN = ("patience", "config_type_weights", "weight_pt_head", "peft_keep", "peft_keep_weight")
 
 
@@ -60,8 +60,9 @@ class Record:
 
         name = self.name_of(data_loader)
         loss, errors = measure()
-        self.sizes[name], self.of_result[self.checkpoints.stage_two][name] = len(data_loader.dataset), plain(errors)
-        if not plain(errors).keys() >= {key for key in errors if key.startswith(NAMES)}:
+        finite = plain(errors)
+        self.sizes[name], self.of_result[self.checkpoints.stage_two][name] = len(data_loader.dataset), finite
+        if len(finite) < sum(key.startswith(LISTED) for key in errors):
             logging.warning(f"Errors on the set {name} are NaN or infinite, and the table and the adapter leave them "
                             "out: the model is far off for some of its structures")
         if name not in self.of_start:
@@ -127,4 +128,4 @@ def names_of(files: str | list[str] | None) -> list[str]:
 def plain(errors: dict) -> dict[str, float]:
     """Mean absolute and root mean square errors by MACE's names, in eV and A."""
     return {name: float(value) for name, value in errors.items()
-            if name.startswith(NAMES) and math.isfinite(value)}
+            if name.startswith(LISTED) and math.isfinite(value)}

@@ -28,7 +28,7 @@ RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # set by who starts th
 
 @contextlib.contextmanager
 def sole_run(args: argparse.Namespace, with_peft: bool = True) -> Iterator[None]:
-    """While this lasts, no other run writes to files of the same names; beside one without ``--peft``, none with it.
+    """While this lasts, no other run writes to files of the same names; runs without ``--peft`` keep out those with it.
 
     Raises PeftError if one does so already. Of a distributed run, the first process has the locks for all.
     """
