@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mace_peft.e3nn import o3
 
 SUM_OF_MACE = mace_blocks.scatter_sum
+SMALL = 6  # entries of a matrix: up to these, torch's product of many of them takes 5 to 20 times as long as a sum
 # of each tensor product: its blocks, its buffers, and their state when the blocks were read
 KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -143,7 +144,7 @@ class Messages(torch.autograd.Function):
         messages = x.new_empty(atoms, width)
         for block, x_b, M in each(blocks, x, Y):
             for path in block.paths:
-                put(messages, path, block, receivers, M[:, :, path.coefficients].mT @ (x_b * of_path(w, path)))
+                put(messages, path, block, receivers, times(M[:, :, path.coefficients].mT, x_b * of_path(w, path)))
         return messages
 
     @staticmethod
@@ -163,7 +164,7 @@ class Gradients(torch.autograd.Function):
             of_x_b, of_M = torch.zeros_like(x_b), torch.empty_like(M)
             for path in block.paths:
                 g_p, w_p = get(g, path, block, receivers), of_path(w, path)
-                h = M[:, :, path.coefficients] @ g_p
+                h = times(M[:, :, path.coefficients], g_p)
                 of_x_b.addcmul_(h, w_p)
                 torch.sum(h * x_b, 1, out=of_w[:, path.weights])
                 of_M[:, :, path.coefficients] = (x_b * w_p) @ g_p.mT
@@ -185,8 +186,8 @@ class Gradients(torch.autograd.Function):
                 g_p, w_p, v_p = get(g, path, block, receivers), of_path(w, path), of_path(v_w, path)
                 both_p = both[:, :, path.coefficients]
                 z = torch.cat([torch.addcmul(v_b * w_p, x_b, v_p), x_b * w_p], 1)
-                put(of_g, path, block, receivers, both_p.mT @ z)
-                h, h_v = (both_p @ g_p).split(components, 1)
+                put(of_g, path, block, receivers, times(both_p.mT, z))
+                h, h_v = times(both_p, g_p).split(components, 1)
                 of_x_b.addcmul_(h, v_p).addcmul_(h_v, w_p)
                 torch.sum(torch.addcmul(v_b * h, x_b, h_v), 1, out=of_w[:, path.weights])
                 of_M[:, :, path.coefficients] = z[:, :components] @ g_p.mT
@@ -200,6 +201,17 @@ def each(blocks: list[Block], x: Tensor, Y: Tensor) -> Iterator[tuple[Block, Ten
     for block in blocks:
         M = (Y @ block.C.flatten(1)).unflatten(1, block.C.shape[1:])
         yield block, x[:, block.columns].unflatten(1, (block.channels, -1)).mT.contiguous(), M
+
+
+def times(M: Tensor, x: Tensor) -> Tensor:
+    """M (edges, rows, components) @ x (edges, components, channels)."""
+    rows, components = M.shape[1:]
+    if components > 1 and rows * components > SMALL:
+        return M @ x
+    product = M[:, :, :1] * x[:, :1]
+    for i in range(1, components):
+        product.addcmul_(M[:, :, i : i + 1], x[:, i : i + 1])
+    return product
 
 
 def of_path(w: Tensor, path: Path) -> Tensor:
