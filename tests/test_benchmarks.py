@@ -11,6 +11,7 @@ import torch
 from tiny import assert_close, configurations, predict, randomise, tiny_mace
 
 from mace_peft import PeftConfig, inject
+from mace_peft.model.adapted import base_of
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.since("0.3.15"), pytest.mark.usefixtures("double_precision")]  # MACE's own --lora
@@ -100,4 +101,29 @@ def test_intruders_are_the_directions_that_the_foundation_lacks(monkeypatch):
     assert lines == ["| near acac | as trained | 3 | 23.1 | 98.7 |",
                      "| near acac | intruders below a cosine of 0.5 halved | 3 | 23.1 | 98.7 |"]
     for name in ("intruders", "errors", "environment", "pages", "studies"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("form", ["energies", "updates"])
+def test_an_adapter_acts_within_its_range_alone(form, monkeypatch):
+    """Far away the base is left, and in between forces are still derivatives."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("within_range")
+    adapted, training = randomise(inject(tiny_mace(), PeftConfig("elora", rank=2))), configurations(8)
+    base, atoms = base_of(adapted), configurations(1, seed=1)[0]
+    everywhere, nowhere, between = (study.Ranged(adapted, base, study.Range(base, training, training, reach), form)
+                                    for reach in (1e4, 1e-4, 3))
+    assert_close(predict(everywhere, [atoms]), predict(adapted, [atoms]))
+    assert_close(predict(nowhere, [atoms]), predict(base, [atoms]))
+    energies = []
+    for step in (1e-4, -1e-4):
+        moved = atoms.copy()
+        moved.positions[1, 2] += step
+        energies.append(predict(between, [moved])[0].item())
+    force = predict(between, [atoms])[1][1, 2].item()
+    assert (energies[1] - energies[0]) / 2e-4 == pytest.approx(force, rel=1e-5)
+    for other in (adapted, base):
+        assert force != pytest.approx(predict(other, [atoms])[1][1, 2].item(), rel=1e-3)
+    for name in ("within_range", "kinds", "kinds_report", "gates", "gates_report", "away", "errors", "environment",
+                 "pages", "studies"):
         sys.modules.pop(name, None)

@@ -2,7 +2,7 @@
 
     pip install tblite
     python recipes/data.py rmd17/ethanol rmd17/malonaldehyde acac
-    python benchmarks/range.py --foundation foundation_float32.model --pretraining pretrain_valid.xyz
+    python benchmarks/within_range.py --foundation foundation_float32.model --pretraining pretrain_valid.xyz
 
 The distance d of an atom from the training set decides how much of the adapter acts there, s = 1 / (1 + (d / d0)^8).
 It is that of Mahalanobis, for each element, in the scalars that the frozen base has after its first and last product
@@ -12,8 +12,8 @@ block. d0 is ``reach`` times the distance within which 95 % of the atoms of the 
     updates     h W + s h (W' - W) in each linear layer, after the training
     learnt      the same, in the training as well; ``keep``: beside self-replay of that weight
 
-All else is as in kinds.py. The script runs the cells that have no result yet, adds each to results/range.json, and
-writes the table of docs/results/kinds.md.
+All else is as in kinds.py. The script runs the cells that have no result yet, adds each to results/within_range.json,
+and writes the table of docs/results/kinds.md.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def report(results: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    args = read_arguments(__doc__, "range.json", **gates.FOUNDATION)
+    args = read_arguments(__doc__, "within_range.json", **gates.FOUNDATION)
     fill(DOCS / "results" / "kinds.md", {"range": report(run_cells(cells(), run, args))})
 
 
