@@ -200,10 +200,10 @@ def choose_head(model: nn.Module, head: str | None, format: str) -> str:
     heads = list(model.heads)
     if head is None:
         if len(heads) > 1 and format.startswith("lammps"):
-            raise PeftError(f"the model has the heads {', '.join(heads)}, and LAMMPS uses one: add --head")
+            raise PeftError(f"the model has the heads {', '.join(heads)}, and LAMMPS uses one: add <head>")
         return heads[-1]
     if head not in heads:
-        raise PeftError(f"--head {head!r} is none of {', '.join(heads)}{did_you_mean(head, heads)}: use one of them")
+        raise PeftError(f"<head> {head!r} is none of {', '.join(heads)}{did_you_mean(head, heads)}: use one of them")
     if not format.startswith("lammps"):
-        raise PeftError(f"--head {head} has no effect on the format {format}, which keeps every head: leave it out")
+        raise PeftError(f"<head> {head} has no effect on the format {format}, which keeps every head: leave it out")
     return head

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 # settings, and the options of mace_run_train and mace_peft that they are
-OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern", "strength": "--strength"} | {
+OPTIONS = {"method": "--peft", "rank_pattern": "rank_pattern"} | {
+    name: f"--{name}" for name in ("strength", "head", "device")} | {
     name: f"--peft_{name}" for name in "rank alpha targets start gate init_std train_also budget adapter fast".split()}
 MARKED = re.compile(f"<({'|'.join(OPTIONS)})>")
 

@@ -118,7 +118,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except Exception as error:  # in as many ways as there are devices
-        raise PeftError(f"--device {device} cannot be used ({one_line(error)}): use cpu, or a device that this PyTorch "
+        raise PeftError(f"<device> {device} cannot be used ({one_line(error)}): use cpu, or a device that this PyTorch "
                         "has") from None
 
 
@@ -173,9 +173,9 @@ def choose_head(name: str, model: nn.Module, head: str | None) -> str:
     """The head given, or the only one. Raises PeftError if there are several, or if there is none such."""
     heads = list(model.heads)
     if head is None and len(heads) > 1:
-        raise PeftError(f"{name} has the heads {', '.join(heads)}: choose one by --head")
+        raise PeftError(f"{name} has the heads {', '.join(heads)}: choose one by <head>")
     if head is not None and head not in heads:
-        raise PeftError(f"--head {head!r} is none of {name}, which has {', '.join(heads)}{did_you_mean(head, heads)}: "
+        raise PeftError(f"<head> {head!r} is none of {name}, which has {', '.join(heads)}{did_you_mean(head, heads)}: "
                         "use one of them")
     return head or heads[0]
 
