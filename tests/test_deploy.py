@@ -40,8 +40,10 @@ FORMATS = ["model", "torchscript", "lammps", "lammps-mliap"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Foundation of H, C, N, O, adapters that were trained without N, and every file that they export to."""
+    """Foundation of H, C, N, O, adapters that were trained without N, every file that they export to, and a structure.
+    """
     folder = tmp_path_factory.mktemp("deploy")
+    ase.io.write(folder / "structure.xyz", STRUCTURES[0])
     foundation = tiny_mace(elements=(1, 6, 7, 8))
     torch.save(foundation, folder / "foundation.model")
     origin = {"name": "foundation.model", "head": None, "fingerprint": fingerprint(foundation)}
@@ -216,7 +218,6 @@ for name in sys.argv[1:]:
 
 
 def test_without_mace_peft_merged_models_and_torchscript_load_and_predict(folder):
-    ase.io.write(folder / "structure.xyz", STRUCTURES[0])
     names = ["elora-published.model", *(f"{'-'.join(case)}.{format}" for case in CASES
                                         for format in ("torchscript", "lammps"))]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_MACE_PEFT, *names], cwd=folder,
