@@ -5,6 +5,7 @@ MACE gives labels of 0 and full weight to structures that lack one, where the ke
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -135,12 +136,12 @@ def is_alone(atoms: ase.Atoms) -> bool:
 
 
 def read(file_path: str) -> list[ase.Atoms]:
-    """The structures of a file that ASE reads. Raises PeftError if there are none, or it cannot be read."""
+    """All structures of a file that ASE reads. Raises PeftError if there are none, or it cannot be read."""
+    if not os.path.exists(file_path):  # ASE would read another, for what stands before an @
+        raise PeftError(f"{file_path} does not exist: give the path of a file, of which all structures are read")
     check_regular(file_path)
     try:
         structures = ase.io.read(file_path, ":")
-    except FileNotFoundError:
-        raise PeftError(f"{file_path} does not exist: check the path") from None
     except Exception as error:  # formats of all kinds, which fail in as many ways
         raise PeftError(f"{file_path} cannot be read ({one_line(error)}): give an extended XYZ file, or another that "
                         "ASE reads") from error

@@ -138,6 +138,7 @@ def test_the_head_is_the_one_that_is_given():
     (("nowhere.model", ["elora"], "labelled.xyz"), {}, "nowhere.model is neither a file nor a name"),
     ((FOUNDATION, ["nowhere"], "labelled.xyz"), {}, "nowhere is no adapter directory"),
     ((FOUNDATION, ["elora"], "nowhere.xyz"), {}, "nowhere.xyz does not exist"),
+    ((FOUNDATION, ["elora"], "labelled.xyz@:2"), {}, "labelled.xyz@:2 does not exist: give the path of a file"),
     ((FOUNDATION, ["elora"], "of_ase.xyz"), {}, "no structure of of_ase.xyz has a label: its keys are "),
     ((FOUNDATION, ["elora"], "labelled.xyz"), {"energy_key": "enrgy"},
      "--energy_key enrgy: no structure of labelled.xyz has a label under it; the keys are REF_energy, REF_forces"),

@@ -6,7 +6,6 @@ import os
 import textwrap
 from pathlib import Path
 
-import ase.io
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,11 +16,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation
 from mace_peft.blocks.adapted import Updated, adapted_blocks
-from mace_peft.errors import PeftError, one_line
-from mace_peft.files import REMEDY, check_regular, complete
+from mace_peft.errors import PeftError
+from mace_peft.files import REMEDY, complete
 from mace_peft.inspect.gain_ranges import gates_with_gains
 from mace_peft.inspect.gains import constant_gains, gain_statistics
 from mace_peft.inspect.spectra import update_spectra
+from mace_peft.labels import read
 from mace_peft.methods import METHODS
 
 RANGE = "#cfe3f5"
@@ -46,7 +46,7 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
                         "it out")
     figures = {}
     if gains:
-        figures["gains"] = draw_gains(gain_statistics(model, read_structures(structures)))
+        figures["gains"] = draw_gains(gain_statistics(model, read(structures)))
     if any(block.adapter.gains() is not None for block in updated):
         figures["gains"] = draw_constant_gains(constant_gains(model))
     updates = (block.adapter.low_rank_updates(block.own_weights()) for block in updated)
@@ -61,16 +61,6 @@ def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = N
     for path, figure in zip(paths, figures.values(), strict=True):
         complete(Figure.savefig, remedy=REMEDY)(figure, path)
     return paths
-
-
-def read_structures(path: str) -> list[ase.Atoms]:
-    """Raises PeftError for a file that ASE does not read."""
-    check_regular(path)
-    try:
-        return ase.io.read(path, ":")
-    except Exception as error:  # its readers fail in many ways
-        raise PeftError(f"--structures {path} cannot be read ({one_line(error)}): give a file that ASE reads, such as "
-                        "extended XYZ") from None
 
 
 @rc_context(STYLE)
