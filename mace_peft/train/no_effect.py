@@ -10,6 +10,19 @@ from mace_peft.train.data.heads import OF_MP, replays, replays_own_file
 OF_STAGE_TWO = ("start_swa", "swa_lr", "swa_energy_weight", "swa_forces_weight", "swa_stress_weight",
                 "swa_virials_weight", "swa_dipole_weight", "swa_polarizability_weight")
 OF_SCHEDULES = ("scheduler", "lr_factor", "scheduler_patience", "lr_scheduler_gamma")
+OF_REPLAY = ("pt_train_file", "pt_valid_file", "num_samples_pt", "subselect_pt", "filter_type_pt",
+             "disallow_random_padding_pt", "weight_pt_head", "force_mh_ft_lr", "real_pt_data_ratio_threshold",
+             "pseudolabel_replay", "pseudolabel_replay_compute_stress")
+OF_NEW_MODELS = (
+    "r_max", "radial_type", "num_radial_basis", "num_cutoff_basis", "pair_repulsion", "distance_transform",
+    "apply_cutoff", "use_last_readout_only", "use_embedding_readout", "interaction", "interaction_first", "max_ell",
+    "correlation", "use_reduced_cg", "use_so3", "use_agnostic_product", "num_interactions", "MLP_irreps", "radial_MLP",
+    "hidden_irreps", "edge_irreps", "use_edge_irreps_first", "num_channels", "max_L", "gate", "embedding_specs",
+    "kspace_cutoff_factor", "atomic_multipoles_max_l", "atomic_multipoles_smearing_width", "field_feature_max_l",
+    "field_feature_widths", "field_feature_norms", "num_recursion_steps", "field_si",
+    "include_electrostatic_self_interaction", "add_local_electron_energy", "quadrupole_feature_corrections",
+    "return_electrostatic_potentials", "field_norm_factor", "fixedpoint_update_config", "field_readout_config",
+    "scaling", "mean", "std", "avg_num_neighbors", "compute_avg_num_neighbors")
 # options, when they have no effect, and what the log says of why; the first row that fits an option counts
 ROWS = (
     (OF_STAGE_TWO, lambda args: not args.swa, "without --swa"),
@@ -28,6 +41,14 @@ ROWS = (
      "on --pt_train_file {pt_train_file}, of which MACE takes all structures"),
     (("loss",), lambda args: replays(args) and args.loss != "universal", "with replay, which MACE trains by universal"),
     (("lr_params_factors",), lambda args: args.swa, "in stage two, where every parameter has --swa_lr"),
+    (OF_NEW_MODELS, lambda args: True, "on a foundation model, which has its own"),
+    (OF_REPLAY, lambda args: not replays(args), "without replay"),
+    (("valid_fraction",), lambda args: args.valid_file is not None, "beside --valid_file"),
+    (("lora_rank", "lora_alpha"), lambda args: True, "without --lora, whose place --peft takes"),
+    (("compute_stress", "compute_polarizability", "compute_atomic_dipole"), lambda args: True,
+     "on a training, whose loss decides what is computed"),
+    (("wandb_dir", "wandb_project", "wandb_entity", "wandb_name", "wandb_log_hypers"), lambda args: not args.wandb,
+     "without --wandb"),
 )
 
 
