@@ -1,17 +1,18 @@
 """A fine-tune where it is used: in ASE, and as one file for PyTorch, LAMMPS and what else takes a MACE model."""
 
 import copy
+import inspect
 import io
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import all_changes
+from ase.calculators.calculator import Calculator, all_changes
 from mace.calculators import LAMMPS_MACE, MACECalculator
 from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
 from torch import nn
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from mace_peft.adapter.directory import read_sizes
 from mace_peft.adapter.load import load_adapter
+from mace_peft.backbones import backbone_of
 from mace_peft.backbones.foundation import load_foundation
 from mace_peft.e3nn import compile as compile_to_torchscript
 from mace_peft.elements import symbols
@@ -30,6 +32,8 @@ from mace_peft.model.adapted import is_adapted, is_switched_off
 from mace_peft.model.inject import fold, settle_isolated_atoms
 from mace_peft.model.strength import check_strength
 from mace_peft.structures import check_structure
+
+NOT_NAMED = ("head", "compute_atomic_stresses")  # options that MACECalculator takes under no name
 
 
 class AdaptedCalculator(MACECalculator):
@@ -103,6 +107,7 @@ def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.Path
     calculator raises it for a structure with elements that the adapter was not trained for, for one that is none, and
     for a prediction of NaN or infinity.
     """
+    check_options(options)
     compare.check_device(options.get("device", "cpu"))
     model = deployable(foundation, adapter, options.pop("default_dtype", None), strength)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -115,12 +120,23 @@ def calculator(foundation: nn.Module | str | os.PathLike, adapter: str | os.Path
     return AdaptedCalculator(models=[model], default_dtype=dtype, adapter=adapter, **options)
 
 
+def check_options(options: Iterable[str]) -> None:
+    """Raise PeftError for names that are no options of ``MACECalculator``, which ignores them, or name its models."""
+    known = {*inspect.signature(MACECalculator).parameters, *inspect.signature(Calculator).parameters, *NOT_NAMED}
+    known -= {"kwargs", "models", "model_paths"}
+    for name in options:
+        if name not in known:
+            raise PeftError(f"the calculator has no option {name}{did_you_mean(name, known)}: leave it out")
+
+
 def deployable(
     foundation: nn.Module | str | os.PathLike, adapter: str | os.PathLike, dtype: str | None = None,
     strength: float | None = None,
 ) -> nn.Module:
     """The trained model in evaluation mode, low-rank updates folded, in the dtype given or that of the training."""
-    if not isinstance(foundation, nn.Module) and Path(foundation).is_dir() and Path(adapter).is_file():
+    if not isinstance(foundation, (str, os.PathLike)):
+        backbone_of(foundation)  # raises for what is no model
+    elif Path(foundation).is_dir() and Path(adapter).is_file():
         raise PeftError(f"{foundation} is a directory and {adapter} a file: give the foundation model first, and then "
                         "the adapter directory")
     description, _ = read_sizes(adapter)

@@ -81,10 +81,17 @@ def test_a_structure_that_is_none_is_named(folder, spoil, words):
 @pytest.mark.parametrize("options, words", [
     ({"head": "Defualt"}, "'Defualt' is none of the model, which has Default, did you mean"),
     ({"device": "nonsense"}, "nonsense cannot be used"),
-    ({"compile_mode": "default"}, "compile_mode default does not go with gates")], ids=["head", "device", "compile"])
+    ({"compile_mode": "default"}, "compile_mode default does not go with gates"),
+    ({"defualt_dtype": "float32"}, "no option defualt_dtype, did you mean default_dtype"),
+    ({"model_paths": "a.model"}, "no option model_paths")], ids=["head", "device", "compile", "unknown", "models"])
 def test_an_option_that_cannot_be_is_named(folder, options, words):
     with pytest.raises(PeftError, match=words):
         calculator(tiny_mace(), folder / "mine", **options)
+
+
+def test_a_foundation_that_is_none_is_named(folder):
+    with pytest.raises(PeftError, match="is no model: give one"):
+        calculator([tiny_mace()], folder / "mine")
 
 
 def test_one_of_several_heads_has_to_be_chosen(tmp_path):

@@ -289,6 +289,15 @@ def test_a_file_in_the_place_of_the_directory_survives(model, tmp_path):
     assert names_in(tmp_path) == {"adapter"} and (tmp_path / "adapter").read_text() == "something else"
 
 
+@pytest.mark.parametrize("directory", ["", None])
+def test_what_is_no_path_is_refused(model, directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: save_adapter(model, directory), lambda: load_adapter(model, directory)):
+        with pytest.raises(PeftError, match="is no path of an adapter directory"):
+            call()
+    assert names_in(tmp_path) == set()
+
+
 def test_a_model_without_adapters_is_refused(base, tmp_path):
     with pytest.raises(PeftError, match="has no adapters"):
         save_adapter(base, tmp_path / "adapter")

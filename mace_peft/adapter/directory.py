@@ -67,9 +67,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
                       "with no other: save them too, or train them by train_also", stacklevel=2)
     trained = {name: model.peft_full.get(name, parameter).detach().to(parameter.dtype).cpu().contiguous()
                for name, parameter in trainable_parameters(model).items()}
-    if Path(directory).exists() and not Path(directory).is_dir():
+    directory = path_of(directory)
+    if directory.exists() and not directory.is_dir():
         raise PeftError(f"{directory} is a file, and an adapter is a directory: give another path")
-    return write(Path(directory), describe(model), finite(trained, "the model"))
+    return write(directory, describe(model), finite(trained, "the model"))
+
+
+def path_of(directory: str | os.PathLike) -> Path:
+    """Raises PeftError for what is no path, and for an empty one, which would be the working directory."""
+    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+        raise PeftError(f"{directory!r:.80} is no path of an adapter directory: give one")
+    return Path(directory)
 
 
 def add_training(directory: str | os.PathLike, training: dict) -> Path:
@@ -147,7 +155,7 @@ def read_sizes(directory: str | os.PathLike) -> tuple[dict, dict[str, int]]:
 @contextlib.contextmanager
 def opened(directory: str | os.PathLike) -> Iterator[tuple[BinaryIO, PeftConfig, dict, dict]]:
     """The file of tensors, whose checksum is right; the settings, the description and the header; ``read_adapter``."""
-    directory = Path(directory)
+    directory = path_of(directory)
     try:
         with open_regular(directory / TENSOR_FILE, LARGEST_TENSORS) as tensors, \
                 open_regular(directory / CONFIG_FILE, LARGEST_CONFIG) as copy:

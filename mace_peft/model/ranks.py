@@ -93,12 +93,15 @@ def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn
     """Let the low-rank updates of an adapted model begin where its first gradients point. Returns the model.
 
     That is the start ``gradient``. The model predicts what it predicted: gates and scales stay as they are, and so do
-    updates that have been trained. data: as for ``choose_ranks``. Raises PeftError if the model has no adapters, if all
-    of its updates have been trained, and as ``choose_ranks`` does for structures and gradients.
+    updates that have been trained. data: as for ``choose_ranks``. Raises PeftError if the model has no adapters, if it
+    has no low-rank updates or all of them have been trained, and as ``choose_ranks`` does for structures and gradients.
     """
     check_adapted(model)
     blocks = untrained_updates(model)
-    if not blocks and any(isinstance(block, Updated) for block in adapted_blocks(model).values()):
+    if not any(low_rank_updates(model).values()):
+        raise PeftError(f"the adapters of <method> {model.peft_config.method} have no low-rank updates, which alone "
+                        "have a start: leave it out")
+    if not blocks:
         raise PeftError("the updates of this model have been trained, and another start would change what it predicts: "
                         "choose the start of new ones, after inject")
     differentiate = data if callable(data) else learn_forces(model, data, forces_key)
@@ -111,9 +114,15 @@ def start_along_gradients(model: nn.Module, data: Sequence[Atoms] | Callable[[nn
 
 
 def untrained_updates(model: nn.Module) -> dict[str, Updated]:
-    """The blocks whose weights have an update that is zero, as at its start, or none."""
-    return {name: block for name, block in adapted_blocks(model).items() if isinstance(block, Updated) and not any(
-        update.any() for update, _ in block.adapter.low_rank_updates(block.own_weights()).values())}
+    """The blocks whose weights have low-rank updates, all zero, as at their start."""
+    return {name: model.get_submodule(name) for name, updates in low_rank_updates(model).items()
+            if updates and not any(update.any() for update in updates)}
+
+
+def low_rank_updates(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Those of each block whose weights have an adapter, by its name."""
+    return {name: [update for update, _ in block.adapter.low_rank_updates(block.own_weights()).values()]
+            for name, block in adapted_blocks(model).items() if isinstance(block, Updated)}
 
 
 def gradients_of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
