@@ -122,6 +122,14 @@ def test_the_errors_of_an_earlier_run_of_the_name_are_set_aside(inputs, tmp_path
         run = fine_tune(inputs, tmp_path, max_num_epochs=1)
     assert [line["epoch"] for line in run.metrics if line["mode"] == "eval"] == [None, 0]
     assert len(list(tmp_path.glob("results/*.earlier"))) == 1
+    assert "is of an earlier run" not in run.log
+
+
+def test_a_result_of_stage_two_that_an_earlier_run_left_is_named(inputs, tmp_path):
+    fine_tune(inputs, tmp_path, "--swa", max_num_epochs=2, start_swa=1)
+    run = fine_tune(inputs, tmp_path, max_num_epochs=1)
+    for name in ("_stagetwo.model", "_stagetwo_adapter"):
+        assert f"{NAME}{name} is of an earlier run of this name, and stays: this run has no stage two" in run.log
 
 
 # --- which weights are the result -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from mace_peft.errors import PeftError, one_line
 from mace_peft.model.adapted import trainable_parameters
 from mace_peft.train.checkpoint_files import CompleteCheckpointIO
 from mace_peft.train.progress import Progress, Stage
+from mace_peft.train.run_files import warn_of_earlier_results
 
 CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins MACE's contractions into one
 # options whose effect comes back with the state of optimizer, scheduler and moving average
@@ -51,6 +52,7 @@ class AdapterCheckpointHandler(CheckpointHandler):
         self.base: dict[str, dict] = {}  # measures, which take a while
         if not options.restart_latest and not options.dry_run:
             self.io.set_earlier_aside(options.results_dir)
+            warn_of_earlier_results(options)
 
     def file(self, epoch: int) -> str:
         """The name of the epoch's checkpoint in the present stage, as MACE's."""

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import logging
 import os
 import stat
 import tempfile
@@ -81,6 +82,13 @@ def check_start_stays(args: argparse.Namespace) -> None:
         if path.exists() and Path(adapter).exists() and path.samefile(adapter):
             raise PeftError(f"--name {args.name} would write its adapter over --peft_adapter {adapter}, from which it "
                             "starts: give this run another --name")
+
+
+def warn_of_earlier_results(args: argparse.Namespace) -> None:
+    """Log the results of an earlier run of this name that this run leaves as they are."""
+    for path in () if args.swa else (model_path(args, "_stagetwo"), adapter_directory(args, "_stagetwo")):
+        if path.exists():
+            logging.warning(f"{path} is of an earlier run of this name, and stays: this run has no stage two")
 
 
 def checkpoints_begin(args: argparse.Namespace) -> Path:
