@@ -27,7 +27,7 @@ CASES = {
     "exponential": (["--lr_factor=0.5", "--scheduler=ExponentialLR"], ["--lr_factor 0.5 .* with --scheduler Expo"]),
     "replay": ([*REPLAY, "--num_samples_pt=2"], ["--num_samples_pt 2 .* on --pt_train_file mine.xyz"]),
     "loss of replay": ([*REPLAY, "--loss=stress"], ["--loss stress .* with replay"]),
-    "no replay": (["--multiheads_finetuning=False", "--pt_train_file=a.xyz"], ["--pt_train_file a.xyz .* without"]),
+    "no replay": (["--multiheads_finetuning=False", "--num_samples_pt=2"], ["--num_samples_pt 2 .* without replay"]),
     "new models": (["--r_max=6", "--scaling=no_scaling", "--hidden_irreps=8x0e"],
                    ["--r_max 6.0 .* on a foundation", "--scaling no_scaling .* on a", "--hidden_irreps 8x0e .* on a"]),
     "split": (["--valid_fraction=0.2", "--valid_file=valid.xyz"], ["--valid_fraction 0.2 .* beside --valid_file"]),

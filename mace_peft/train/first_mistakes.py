@@ -24,12 +24,18 @@ ABOVE_ZERO = ("lr", "swa_lr", "clip_grad", "huber_delta", "lr_factor", "lr_sched
 UP_TO_ONE = ("lr_factor", "ema_decay")
 FACTORS = tuple(f"{part}_lr_factor" for part in ("embedding", "interactions", "products", "readouts"))
 OF_REPLAY = ("pt_valid_file", "pseudolabel_replay")
+NAMES = ("name", "work_dir", "model_dir", "checkpoints_dir", "results_dir", "log_dir")
 SAID_BY = {"torchrun": "RANK", "mpi": "OMPI_COMM_WORLD_RANK"}  # launchers of MACE and what they tell their processes
 
 
 def check_first_mistakes(args: argparse.Namespace) -> None:
     """Raise PeftError for options of MACE that cannot be followed, before any data or model are read."""
     check_device(args.device)
+    for option in NAMES:
+        if getattr(args, option) == "":
+            raise PeftError(f"--{option} is empty: give one, or leave it out")
+    if not isinstance(logging.getLevelName(args.log_level), int):
+        raise PeftError(f"--log_level {args.log_level} is none: use DEBUG, INFO, WARNING or ERROR")
     heads = read_heads(args)
     for name, head in heads.items():
         if args.train_file is None and head.get("train_file") is None:

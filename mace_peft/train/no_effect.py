@@ -10,9 +10,8 @@ from mace_peft.train.data.heads import OF_MP, replays, replays_own_file
 OF_STAGE_TWO = ("start_swa", "swa_lr", "swa_energy_weight", "swa_forces_weight", "swa_stress_weight",
                 "swa_virials_weight", "swa_dipole_weight", "swa_polarizability_weight")
 OF_SCHEDULES = ("scheduler", "lr_factor", "scheduler_patience", "lr_scheduler_gamma")
-OF_REPLAY = ("pt_train_file", "pt_valid_file", "num_samples_pt", "subselect_pt", "filter_type_pt",
-             "disallow_random_padding_pt", "weight_pt_head", "force_mh_ft_lr", "real_pt_data_ratio_threshold",
-             "pseudolabel_replay", "pseudolabel_replay_compute_stress")
+OF_REPLAY = ("num_samples_pt", "subselect_pt", "filter_type_pt", "disallow_random_padding_pt", "weight_pt_head",
+             "force_mh_ft_lr", "real_pt_data_ratio_threshold", "pseudolabel_replay_compute_stress")
 OF_NEW_MODELS = (
     "r_max", "radial_type", "num_radial_basis", "num_cutoff_basis", "pair_repulsion", "distance_transform",
     "apply_cutoff", "use_last_readout_only", "use_embedding_readout", "interaction", "interaction_first", "max_ell",
