@@ -18,7 +18,7 @@ from mace.tools import DefaultKeys
 
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
-from mace_peft.structures import check_apart, check_structure
+from mace_peft.structures import check_apart, check_structure, has_stress_in_vain, say_how_many_stresses_go
 
 LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
 STATES = ("total_charge", "total_spin", "elec_temp")  # numbers of a structure on which predictions may depend
@@ -51,6 +51,7 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
             raise PeftError(f"{file_path} has isolated atoms alone: add structures to train on")
     configurations = [config_from_atoms(atoms, key_specification, config_type_weights, head_name)
                       for atoms in structures]
+    say_how_many_stresses_go(sum(map(has_stress_in_vain, configurations)), file_path)
     for number, configuration in enumerate(configurations):
         weigh(configuration, f"structure {number} of {file_path}")
     if not no_data_ok:
@@ -79,12 +80,14 @@ def label_keys(**keys: str | None) -> KeySpecification:
 def from_atoms(structures: Iterable[ase.Atoms], keys: KeySpecification, where: str) -> list[Configuration]:
     """The structures, which stay as they are, with labels as MACE takes them. Raises PeftError where ``weigh`` does."""
     configurations = []
-    for number, atoms in enumerate(structures):
+    for atoms in structures:
         labelled = atoms.copy()
         labelled.calc = atoms.calc
         give_back(labelled, keys)
         configurations.append(config_from_atoms(labelled, keys))
-        weigh(configurations[-1], f"structure {number} of {where}")
+    say_how_many_stresses_go(sum(map(has_stress_in_vain, configurations)), where)
+    for number, configuration in enumerate(configurations):
+        weigh(configuration, f"structure {number} of {where}")
     return configurations
 
 
@@ -179,7 +182,7 @@ def weigh(configuration: Configuration, where: str) -> None:
             if value.shape not in shapes(name, atoms):
                 raise PeftError(f"{name} of {where} has the shape {value.shape}, and not {shapes(name, atoms)[0]}: "
                                 "correct it, or leave it out, which gives it no weight")
-        if value is None or np.isnan(value).all():
+        if value is None or np.isnan(value).all() or name == "stress" and has_stress_in_vain(configuration):
             configuration.properties[name] = None
         elif not np.isfinite(value).all():
             raise PeftError(f"{name} of {where} holds NaN or infinity: correct it, or leave the whole label out, "
@@ -223,15 +226,6 @@ def has(configuration: Configuration, name: str) -> bool:
 def is_weighed(configuration: Configuration, name: str) -> bool:
     weight = configuration.property_weights.get(name)
     return bool(configuration.weight != 0 and np.any(1.0 if weight is None else weight))
-
-
-def log_dataset_contents(dataset: Sequence[Configuration], dataset_name: str) -> None:
-    """MACE's line on a set of data, with numbers of structures in the place of sums of weights."""
-    log_counts(dataset_name, count(dataset))
-
-
-def log_counts(dataset_name: str, counts: dict[str, int]) -> None:
-    logging.info(f"{dataset_name} [{', '.join(f'{name}: {number}' for name, number in counts.items())}]")
 
 
 def keys_of(structures: Sequence[ase.Atoms]) -> list[str]:

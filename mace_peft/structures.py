@@ -1,7 +1,10 @@
-"""Structures for which no model has a prediction are refused."""
+"""Structures for which no model has a prediction are refused, and a stress that means nothing is left out."""
+
+import logging
 
 import numpy as np
 from ase.geometry import complete_cell
+from mace.data import Configuration
 from scipy.spatial import KDTree
 
 from mace_peft.errors import PeftError
@@ -28,3 +31,17 @@ def check_apart(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where:
     for first, second in sorted(KDTree(scaled, boxsize=pbc.astype(float)).query_pairs(ONE_PLACE)):
         raise PeftError(f"the atoms {first} and {second} of {where} are at one place: correct the structure, or leave "
                         "it out")
+
+
+def has_stress_in_vain(configuration: Configuration) -> bool:
+    """Whether it has the stress of a structure that is not periodic in all directions.
+
+    MACE makes such a structure a cell of its own, and divides by the volume of that: its stress means nothing.
+    """
+    return configuration.properties.get("stress") is not None and not all(configuration.pbc)
+
+
+def say_how_many_stresses_go(number: int, where: str) -> None:
+    if number:
+        logging.warning(f"The stress of {number} structures of {where} is left out, for they are not periodic in all "
+                        "directions, where MACE would compute it for a cell of its own")

@@ -109,7 +109,7 @@ def write_text(path, structures, keys: dict) -> None:
 def read_xyz(folder, missing, keys, nan):
     write_text(folder / "data.xyz", labelled(missing, keys, nan), keys)
     _, configs = labels.load_from_xyz(str(folder / "data.xyz"), specification(keys))
-    labels.log_dataset_contents(configs, "Training set")
+    datasets.log_dataset_contents(configs, "Training set")
     return [AtomicData.from_config(config, z_table=TABLE, cutoff=CUTOFF) for config in configs]
 
 

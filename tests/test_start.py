@@ -227,6 +227,17 @@ def test_an_adapter_of_another_strength_trains_no_further(refusal, trained, tmp_
         assert f"{tmp_path / source} has the strength 0.5, and only one of strength 1 trains further" in line
 
 
+def test_a_restart_names_the_adapter_that_its_run_started_from(trained, tmp_path, capsys):
+    """Without it the errors of that adapter would be called the foundation's."""
+    run, case = trained["mmea", "products"], ("mmea", "products")
+    options = {"work_dir": tmp_path, "peft": "mmea", "peft_rank": 2, "peft_targets": "products"}
+    train_here(run.folder, **options, peft_adapter=results(run, case) / "run_adapter", max_num_epochs=1)
+    with pytest.raises(SystemExit):
+        train_here(run.folder, "--restart_latest", **options, max_num_epochs=2)
+    assert ("was made with --peft_adapter run_adapter, with which a restart goes on, and this run has none"
+            in capsys.readouterr().err)
+
+
 def test_an_alpha_that_follows_the_ranks_is_to_be_left_out():
     with pytest.raises(PeftError, match="16.0 differs from the None of the adapter in mine: leave it out"):
         settings_from(PeftConfig("elora", rank="auto"), {"alpha": 16.0}, "mine")

@@ -32,3 +32,16 @@ def test_atoms_at_one_place_are_named(atoms):
 @pytest.mark.parametrize("atoms", APART.values(), ids=APART)
 def test_others_are_taken(atoms):
     from_atoms([atoms], label_keys(), "it")
+
+
+def test_a_stress_with_no_cell_of_its_own_is_left_out(caplog):
+    structures = [bulk("Cu", a=4 + number / 10) for number in range(3)]
+    for atoms, pbc in zip(structures, (True, (True, True, False), False), strict=True):
+        atoms.pbc = pbc
+        atoms.info["REF_stress"] = np.eye(3)
+    configurations = from_atoms(structures, label_keys(), "it")
+    assert [found.properties["stress"] is None for found in configurations] == [False, True, True]
+    assert [found.property_weights["stress"] for found in configurations][1:] == [0, 0]
+    assert caplog.messages == ["The stress of 2 structures of it is left out, for they are not periodic in all "
+                               "directions, where MACE would compute it for a cell of its own"]
+    assert all((atoms.info["REF_stress"] == np.eye(3)).all() for atoms in structures)

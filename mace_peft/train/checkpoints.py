@@ -27,7 +27,7 @@ CUEQ_WEIGHT = "products.0.symmetric_contractions.weight"  # cuEquivariance joins
 # options whose effect comes back with the state of optimizer, scheduler and moving average
 RESUMED = ("lr", "lr_params_factors", "weight_decay", "amsgrad", "beta", "beta1_schedulefree", "beta2_schedulefree",
            "lr_factor", "scheduler_patience", "lr_scheduler_gamma", "ema_decay")
-KEPT = ("peft_keep", "peft_keep_weight")  # which the result says of the whole run
+KEPT = ("peft_adapter", "peft_keep", "peft_keep_weight")  # which the result says of the whole run
 REMEDY = "restart with the options it was made with, or give this run another --name"
 
 
@@ -44,8 +44,9 @@ class AdapterCheckpointHandler(CheckpointHandler):
         self.config = config
         self.foundation = foundation
         self.options = {name: getattr(options, name, None) for name in (*RESUMED, *KEPT)}  # releases differ in them
-        if self.options["peft_keep"] is not None:  # the folder may be given in another way
-            self.options["peft_keep"] = Path(self.options["peft_keep"]).name
+        for name in ("peft_adapter", "peft_keep"):
+            if self.options[name] is not None:  # the folder may be given in another way
+                self.options[name] = Path(self.options[name]).name
         self.keep = self.io.keep or options.save_all_checkpoints
         self.progress: Progress | None = None
         self.stage_two = False

@@ -64,7 +64,7 @@ SEAMS = (
     Seam("run_train", "get_atomic_energies", "reading.get_atomic_energies"),
     Seam("run_train", "dict_to_array", "reading.dict_to_array"),
     Seam("mace.data", "load_from_xyz", "labels.load_from_xyz"),
-    Seam("mace.tools.scripts_utils", "log_dataset_contents", "labels.log_dataset_contents"),
+    Seam("mace.tools.scripts_utils", "log_dataset_contents", "datasets.log_dataset_contents"),
     Seam("mace.data", "HDF5Dataset", "datasets.HDF5Dataset"),
     Seam("mace.data", "dataset_from_sharded_hdf5", "datasets.dataset_from_sharded_hdf5"),
     Seam("mace.data", "LMDBDataset", "datasets.LMDBDataset"),

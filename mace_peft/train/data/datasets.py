@@ -5,7 +5,8 @@ after the last one, is said before the training.
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mace import data
@@ -14,7 +15,8 @@ from torch.utils.data import ConcatDataset
 
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, one_line
-from mace_peft.labels import DEFAULT_KEYS, count, give_back, log_counts, weigh
+from mace_peft.labels import DEFAULT_KEYS, count, give_back, weigh
+from mace_peft.structures import has_stress_in_vain, say_how_many_stresses_go
 
 LMDB_KEYS = KeySpecification.from_defaults()  # MACE reads LMDB files with no others
 
@@ -30,14 +32,15 @@ class AsRead:
 class Checked:
     """What both formats share: each structure is read, checked, weighed and counted.
 
-    counts: how many structures have each label; weighed: with a weight. weight: multiplies those of all structures.
+    counts: how many structures have each label; weighed: with a weight; in_vain: stresses that are left out. weight:
+    multiplies those of all structures.
     """
 
     weight = 1.0
 
     def look_at_all(self, file_path: str) -> None:
         """Raise PeftError for a structure that cannot be read or used; log how many have each label."""
-        self.counts, self.weighed = count([]), count([])
+        self.counts, self.weighed, self.in_vain = count([]), count([]), 0
         for index in range(len(self)):
             try:
                 configuration = self.configuration(index)
@@ -51,6 +54,12 @@ class Checked:
         if not len(self):
             raise PeftError(f"{file_path} has no structures: give a file that has some")
         log_counts(f"{file_path}, {len(self)} structures", self.weighed)
+        say_how_many_stresses_go(self.in_vain, file_path)
+
+    def weighed_as_read(self, configuration: Configuration, index: int) -> Configuration:
+        self.in_vain += has_stress_in_vain(configuration)
+        weigh(configuration, f"structure {index} of {self.file_path}")
+        return configuration
 
     def __getitem__(self, index: int) -> AtomicData:
         configuration = self.configuration(index)
@@ -73,8 +82,7 @@ class HDF5Dataset(Checked, data.HDF5Dataset):
     def configuration(self, index: int) -> Configuration:
         configuration = super(Checked, self).__getitem__(index)  # by way of AsRead
         configuration.head = self.kwargs.get("head", configuration.head)
-        weigh(configuration, f"structure {index} of {self.file_path}")
-        return configuration
+        return self.weighed_as_read(configuration, index)
 
 
 class LMDBDataset(Checked, data.LMDBDataset):
@@ -94,14 +102,22 @@ class LMDBDataset(Checked, data.LMDBDataset):
                 holder[DEFAULT_KEYS[name]] = results[name]
         give_back(atoms, LMDB_KEYS)
         configuration = config_from_atoms(atoms, LMDB_KEYS, head_name=self.kwargs.get("head", "Default"))
-        weigh(configuration, f"structure {index} of {self.file_path}")
-        return configuration
+        return self.weighed_as_read(configuration, index)
 
 
 def dataset_from_sharded_hdf5(files: str, z_table, r_max: float, **kwargs) -> ConcatDataset:
     """The HDF5 files of a folder as one set, as MACE's function of this name has them."""
     paths = sorted(path for path in Path(files).iterdir() if path.suffix in (".h5", ".hdf5"))
     return ConcatDataset([HDF5Dataset(str(path), r_max, z_table, **kwargs) for path in paths])
+
+
+def log_dataset_contents(dataset: Sequence[Configuration], dataset_name: str) -> None:
+    """MACE's line on a set of data, with numbers of structures in the place of sums of weights."""
+    log_counts(dataset_name, count(dataset))
+
+
+def log_counts(dataset_name: str, counts: dict[str, int]) -> None:
+    logging.info(f"{dataset_name} [{', '.join(f'{name}: {number}' for name, number in counts.items())}]")
 
 
 def parts_of(dataset: Checked | ConcatDataset) -> list[Checked]:
