@@ -138,6 +138,7 @@ def test_the_head_is_the_one_that_is_given():
     (("nowhere.model", ["elora"], "labelled.xyz"), {}, "nowhere.model is neither a file nor a name"),
     ((FOUNDATION, ["nowhere"], "labelled.xyz"), {}, "nowhere is no adapter directory"),
     ((FOUNDATION, ["elora"], "nowhere.xyz"), {}, "nowhere.xyz does not exist"),
+    ((FOUNDATION, ["elora"], "weightless.xyz"), {}, "no label of weightless.xyz has a weight"),
     ((FOUNDATION, ["elora"], "labelled.xyz@:2"), {}, "labelled.xyz@:2 does not exist: give the path of a file"),
     ((FOUNDATION, ["elora"], "of_ase.xyz"), {}, "no structure of of_ase.xyz has a label: its keys are "),
     ((FOUNDATION, ["elora"], "labelled.xyz"), {"energy_key": "enrgy"},
@@ -158,6 +159,9 @@ def test_what_cannot_be_evaluated_is_one_line(arguments, options, words, folder,
     ase.io.write("ammonia.xyz", configurations(1, "NH3"))
     ase.io.write("sulphur.xyz", configurations(1, "SH2"))
     ase.io.write("structures.png", configurations(1), format="extxyz")
+    weightless = configurations(1)
+    weightless[0].info["config_weight"] = 0
+    ase.io.write("weightless.xyz", weightless)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr("mace_peft.inspect.compare.predict", None)  # nothing is computed
     with pytest.raises(PeftError) as error:

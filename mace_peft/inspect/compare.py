@@ -76,6 +76,10 @@ def prepare(foundation: str, adapters: Sequence[str | os.PathLike], structures: 
     check_device(device)
     descriptions = {str(adapter): read_sizes(adapter)[0] for adapter in adapters}  # before what takes long
     labelled = read_labelled(structures, {"energy": energy_key, "forces": forces_key, "stress": stress_key})
+    labels = {name: values for name in QUANTITIES if len(values := labels_of(labelled, name))}
+    if not labels:
+        raise PeftError(f"no label of {structures} has a weight, so that there is no error to tell: leave out the "
+                        "weights of 0")
     numbers = {int(number) for configuration in labelled for number in configuration.atomic_numbers}
     for adapter, description in descriptions.items():
         check_elements(numbers, description["elements"] or numbers, f"the adapter {adapter}")
@@ -86,7 +90,6 @@ def prepare(foundation: str, adapters: Sequence[str | os.PathLike], structures: 
     dtypes = {adapter: default_dtype or description["dtype"] for adapter, description in descriptions.items()}
     named = (models or models_of)(foundation, loaded, dtypes, numbers) if adapters else [(foundation, loaded)]
     headed = [(name, model, choose_head(name, model, head)) for name, model in named]
-    labels = {name: values for name in QUANTITIES if len(values := labels_of(labelled, name))}
     return functools.partial(predict_all, headed, labelled, labels, device, batch_size)
 
 
