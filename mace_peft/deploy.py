@@ -65,14 +65,26 @@ class AdaptedCalculator(MACECalculator):
         # without atoms, ASE's would not look at the state, and give results of adapters that are no longer there
         return super().get_property(name, self.atoms if atoms is None else atoms, allow_calculation)
 
-    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
-        numbers = [] if atoms is None else atoms.numbers.tolist()
-        new = set(numbers) - set(self.z_table.zs)
+    def check_atoms(self, atoms: Atoms | None) -> None:
+        """Raise PeftError for what the model has no prediction of; without atoms there is nothing to check."""
+        if atoms is None:
+            return
+        new = set(atoms.numbers.tolist()) - set(self.z_table.zs)
         if new:
             raise PeftError(f"the structure has {symbols(new)}, and the adapter was trained for "
                             f"{symbols(self.z_table.zs)}: use the foundation, or an adapter trained for these elements")
-        if atoms is not None:
-            check_structure(atoms.positions, atoms.cell.array, atoms.pbc, name_of(atoms))
+        check_structure(atoms.positions, atoms.cell.array, atoms.pbc, name_of(atoms))
+
+    def get_hessian(self, atoms=None):
+        self.check_atoms(self.atoms if atoms is None else atoms)
+        return super().get_hessian(atoms)
+
+    def get_descriptors(self, atoms=None, *args, **options):
+        self.check_atoms(self.atoms if atoms is None else atoms)
+        return super().get_descriptors(atoms, *args, **options)
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+        self.check_atoms(atoms)
         self.computed_by = self.adapters_now()
         for guard in self.guards:
             guard.begin()

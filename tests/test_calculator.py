@@ -113,6 +113,9 @@ def test_an_element_that_was_not_trained_for_is_named(folder, number, name):
     atoms.numbers[0] = number
     with pytest.raises(PeftError, match=rf"\b{name}\b"):
         atoms.get_potential_energy()
+    for call in (atoms.calc.get_hessian, atoms.calc.get_descriptors):
+        with pytest.raises(PeftError, match=rf"\b{name}\b"):
+            call(atoms)
 
 
 # --- updates that are folded ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mace_peft.errors import PeftError, printable
 from mace_peft.files import REMEDY, check_regular, complete
 from mace_peft.inspect import strengths as over_strength
 from mace_peft.inspect.compare import QUANTITIES, Values, compare
-from mace_peft.inspect.figures import STYLE
+from mace_peft.inspect.figures import STYLE, shown
 
 
 def evaluate(foundation: str, adapters: Sequence[str], structures: str, plot: str | None = None,
@@ -69,7 +69,7 @@ def draw(labels: Values, predictions: list[tuple[str, Values]]) -> Figure:
     """Predictions over labels: a panel per kind of label, a colour per model. Energies are relative to the labels'
     mean."""
     width = max(4.8, 3.2 * len(labels))
-    names = ["\n".join(textwrap.wrap(printable(model), int(14 * width))) for model, _ in predictions]
+    names = ["\n".join(textwrap.wrap(shown(model), int(14 * width))) for model, _ in predictions]
     lines = sum(name.count("\n") + 1 for name in names)
     figure = Figure(figsize=(width, 3.6 + 0.17 * lines), dpi=150, layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True):

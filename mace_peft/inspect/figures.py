@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from mace_peft.adapter.load import load_adapter
 from mace_peft.backbones.foundation import load_foundation
 from mace_peft.blocks.adapted import Updated, adapted_blocks
-from mace_peft.errors import PeftError
+from mace_peft.errors import PeftError, printable
 from mace_peft.files import REMEDY, complete
 from mace_peft.inspect.gain_ranges import gates_with_gains
 from mace_peft.inspect.gains import constant_gains, gain_statistics
@@ -26,6 +26,11 @@ from mace_peft.methods import METHODS
 
 RANGE = "#cfe3f5"
 STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
+
+
+def shown(text: str) -> str:
+    """The text for a figure, which would take what is between two $ for mathematics."""
+    return printable(text).replace("$", r"\$")
 
 
 def plot(adapter: str | os.PathLike, foundation: str, structures: str | None = None) -> list[Path]:

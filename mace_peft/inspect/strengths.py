@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from mace_peft.adapter.load import load_adapter
-from mace_peft.errors import PeftError, printable
+from mace_peft.errors import PeftError
 from mace_peft.inspect.compare import QUANTITIES, Values, prepare
-from mace_peft.inspect.figures import STYLE
+from mace_peft.inspect.figures import STYLE, shown
 from mace_peft.model import isolated
 from mace_peft.model.strength import set_strength
 
@@ -70,5 +70,5 @@ def draw(curves: Sequence[Curve]) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("strength: 0 foundation, 1 adapter")
         axes.set_ylabel(f"RMSE of {name} (m{quantity.unit})")
-    figure.legend(lines.values(), map(printable, lines), loc="outside lower center", frameon=False)
+    figure.legend(lines.values(), map(shown, lines), loc="outside lower center", frameon=False)
     return figure
