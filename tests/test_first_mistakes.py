@@ -62,7 +62,7 @@ MISTAKES = {
     "no Apple GPU": ({"device": "mps"}, "--device mps is not there .* use --device cpu"),
     "no name": ({"name": ""}, "--name is empty: give one"),
     "no folder": ({"work_dir": ""}, "--work_dir is empty: give one, or leave it out"),
-    "log level": ({"log_level": "info"}, "--log_level info is none: use DEBUG, INFO"),
+    "log level": ({"log_level": "info"}, "--log_level info is no level of logs: use DEBUG"),
     "no training file": ({"train_file": None}, "no --train_file for the head Default"),
     "missing training file": ({"train_file": "nowhere.xyz"}, "--train_file nowhere.xyz does not exist"),
     "missing validation file": ({"valid_file": "nowhere.xyz"}, "--valid_file nowhere.xyz does not exist"),

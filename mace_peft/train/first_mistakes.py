@@ -35,7 +35,7 @@ def check_first_mistakes(args: argparse.Namespace) -> None:
         if getattr(args, option) == "":
             raise PeftError(f"--{option} is empty: give one, or leave it out")
     if not isinstance(logging.getLevelName(args.log_level), int):
-        raise PeftError(f"--log_level {args.log_level} is none: use DEBUG, INFO, WARNING or ERROR")
+        raise PeftError(f"--log_level {args.log_level} is no level of logs: use DEBUG, INFO, WARNING or ERROR")
     heads = read_heads(args)
     for name, head in heads.items():
         if args.train_file is None and head.get("train_file") is None:
