@@ -33,7 +33,8 @@ from mace_peft.model.inject import fold, settle_isolated_atoms
 from mace_peft.model.strength import check_strength
 from mace_peft.structures import check_structure
 
-NOT_NAMED = ("head", "compute_atomic_stresses")  # options that MACECalculator takes under no name
+# what MACECalculator takes under no name, and what ``calculator`` takes itself
+NOT_NAMED = ("head", "compute_atomic_stresses", "strength")
 
 
 class AdaptedCalculator(MACECalculator):

@@ -83,7 +83,9 @@ def test_a_structure_that_is_none_is_named(folder, spoil, words):
     ({"device": "nonsense"}, "nonsense cannot be used"),
     ({"compile_mode": "default"}, "compile_mode default does not go with gates"),
     ({"defualt_dtype": "float32"}, "no option defualt_dtype, did you mean default_dtype"),
-    ({"model_paths": "a.model"}, "no option model_paths")], ids=["head", "device", "compile", "unknown", "models"])
+    ({"strenght": 0}, "no option strenght, did you mean strength"),
+    ({"model_paths": "a.model"}, "no option model_paths")],
+    ids=["head", "device", "compile", "unknown", "strength", "models"])
 def test_an_option_that_cannot_be_is_named(folder, options, words):
     with pytest.raises(PeftError, match=words):
         calculator(tiny_mace(), folder / "mine", **options)
