@@ -18,7 +18,7 @@ from mace.tools import DefaultKeys
 
 from mace_peft.errors import PeftError, one_line
 from mace_peft.files import check_regular
-from mace_peft.structures import check_apart, check_structure, has_stress_in_vain, say_how_many_stresses_go
+from mace_peft.structures import check_apart, check_structure, has_stress_in_vain, log_stresses_left_out
 
 LABELS = ("energy", "forces", "stress", "virials", "dipole", "charges", "polarizability")
 STATES = ("total_charge", "total_spin", "elec_temp")  # numbers of a structure on which predictions may depend
@@ -51,7 +51,7 @@ def load_from_xyz(file_path: str, key_specification: KeySpecification, head_name
             raise PeftError(f"{file_path} has isolated atoms alone: add structures to train on")
     configurations = [config_from_atoms(atoms, key_specification, config_type_weights, head_name)
                       for atoms in structures]
-    say_how_many_stresses_go(sum(map(has_stress_in_vain, configurations)), file_path)
+    log_stresses_left_out(sum(map(has_stress_in_vain, configurations)), file_path)
     for number, configuration in enumerate(configurations):
         weigh(configuration, f"structure {number} of {file_path}")
     if not no_data_ok:
@@ -85,7 +85,7 @@ def from_atoms(structures: Iterable[ase.Atoms], keys: KeySpecification, where: s
         labelled.calc = atoms.calc
         give_back(labelled, keys)
         configurations.append(config_from_atoms(labelled, keys))
-    say_how_many_stresses_go(sum(map(has_stress_in_vain, configurations)), where)
+    log_stresses_left_out(sum(map(has_stress_in_vain, configurations)), where)
     for number, configuration in enumerate(configurations):
         weigh(configuration, f"structure {number} of {where}")
     return configurations

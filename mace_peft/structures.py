@@ -41,7 +41,8 @@ def has_stress_in_vain(configuration: Configuration) -> bool:
     return configuration.properties.get("stress") is not None and not all(configuration.pbc)
 
 
-def say_how_many_stresses_go(number: int, where: str) -> None:
+def log_stresses_left_out(number: int, where: str) -> None:
+    """Log that so many stresses are left out, see ``has_stress_in_vain``; nothing where there are none."""
     if number:
         logging.warning(f"The stress of {number} structures of {where} is left out, for they are not periodic in all "
                         "directions, where MACE would compute it for a cell of its own")

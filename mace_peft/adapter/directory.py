@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
 
 
 def path_of(directory: str | os.PathLike) -> Path:
-    """Raises PeftError for what is no path, and for an empty one, which would be the working directory."""
+    """The directory as a path. Raises PeftError for what is none, and for "", which would be the working directory."""
     if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
         raise PeftError(f"{directory!r:.80} is no path of an adapter directory: give one")
     return Path(directory)

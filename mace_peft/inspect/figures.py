@@ -29,7 +29,7 @@ STYLE = {"font.size": 8, "axes.titlesize": "medium", "legend.fontsize": 7}
 
 
 def shown(text: str) -> str:
-    """The text for a figure, which would take what is between two $ for mathematics."""
+    """The text as a figure has to be given it, which would else take what is between two $ for mathematics."""
     return printable(text).replace("$", r"\$")
 
 

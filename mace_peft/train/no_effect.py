@@ -45,7 +45,7 @@ ROWS = (
     (("valid_fraction",), lambda args: args.valid_file is not None, "beside --valid_file"),
     (("lora_rank", "lora_alpha"), lambda args: True, "without --lora, whose place --peft takes"),
     (("compute_stress", "compute_polarizability", "compute_atomic_dipole"), lambda args: True,
-     "on a training, whose loss decides what is computed"),
+     "on a run, whose loss decides what is computed"),
     (("wandb_dir", "wandb_project", "wandb_entity", "wandb_name", "wandb_log_hypers"), lambda args: not args.wandb,
      "without --wandb"),
 )

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset
 from mace_peft.elements import symbols
 from mace_peft.errors import PeftError, one_line
 from mace_peft.labels import DEFAULT_KEYS, count, give_back, weigh
-from mace_peft.structures import has_stress_in_vain, say_how_many_stresses_go
+from mace_peft.structures import has_stress_in_vain, log_stresses_left_out
 
 LMDB_KEYS = KeySpecification.from_defaults()  # MACE reads LMDB files with no others
 
@@ -54,9 +54,10 @@ class Checked:
         if not len(self):
             raise PeftError(f"{file_path} has no structures: give a file that has some")
         log_counts(f"{file_path}, {len(self)} structures", self.weighed)
-        say_how_many_stresses_go(self.in_vain, file_path)
+        log_stresses_left_out(self.in_vain, file_path)
 
     def weighed_as_read(self, configuration: Configuration, index: int) -> Configuration:
+        """The configuration with weights for the labels that it has."""
         self.in_vain += has_stress_in_vain(configuration)
         weigh(configuration, f"structure {index} of {self.file_path}")
         return configuration
